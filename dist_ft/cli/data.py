@@ -193,8 +193,9 @@ def pseudo(
     from dist_ft.inference.pseudo_labels import describe, pseudo_label
 
     quiet_third_parties()
+    rows = _read_rows(paths)  # a wrong path is found before the model is loaded
     predictor = Predictor(model, PredictionOptions(batch_size=batch))
-    result = pseudo_label(predictor, _read_rows(paths), confidence, max_per_label)
+    result = pseudo_label(predictor, rows, confidence, max_per_label)
     if not result.rows:
         raise DataError(
             f"--confidence={confidence}: the model is not that confident about any of "
@@ -341,14 +342,16 @@ def _parse_shares(texts: Sequence[str]) -> dict[str, float]:
 
 
 def _read_rows(paths: Sequence[str]) -> Iterator[Row | DataError]:
-    """Iterate over the rows of files, folders, globs or URLs, in order."""
+    """Return the rows of files, folders, globs or URLs, in order.
+
+    Paths are resolved at once, rows are read as they are needed.
+    """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
     from dist_ft.data.sources.discovery import discover_shards
 
-    for shards in discover_shards([Source(path=path) for path in paths], "PATH"):
-        for shard in shards:
-            yield from readers.iter_rows(shard)
+    found = discover_shards([Source(path=path) for path in paths], "PATH")
+    return (row for shards in found for shard in shards for row in readers.iter_rows(shard))
 
 
 def _write_rows(rows: list[Any], out: str) -> None:

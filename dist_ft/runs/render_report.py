@@ -84,8 +84,8 @@ def most_confused(
         limit: maximum number of pairs.
     """
     pairs = []
-    for label, row in zip(labels, matrix, strict=False):
-        for predicted, count in zip(labels, row, strict=False):
+    for label, row in zip(labels, matrix, strict=True):
+        for predicted, count in zip(labels, row, strict=True):
             if label != predicted and count:
                 pairs.append(ConfusedPair(label, predicted, count))
     pairs.sort(key=lambda pair: -pair.num)

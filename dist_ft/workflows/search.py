@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.config import renames
 from dist_ft.config.identity import changes
@@ -71,6 +71,20 @@ def run(search: Search, report_line: Callable[[str], None] = print) -> SearchRep
     return report
 
 
+class StoredSearch(TypedDict):
+    """The content of STATE.
+
+    Attributes:
+        search: fields of the search.
+        base: config of a trial, for the fields that all trials share.
+        trials: fields of each `Trial`.
+    """
+
+    search: dict[str, Any]
+    base: dict[str, Any]
+    trials: list[dict[str, Any]]
+
+
 class _Start(NamedTuple):
     """When a trial was started (steady clock), and its running time before that."""
 
@@ -101,7 +115,7 @@ class Journal:
         """Read the stored state; refuse it if it belongs to another search."""
         if not self.store.exists(STATE):
             return
-        stored = json.loads(self.store.read(STATE))
+        stored = _migrate(json.loads(self.store.read(STATE)))
         require_same(self.search, self.base, stored)
         for fields in stored["trials"]:
             reports = tuple((step, value) for step, value in fields["reports"])
@@ -156,14 +170,34 @@ class Journal:
         self.store.write(STATE, json.dumps(state, ensure_ascii=False, indent=1).encode())
 
 
-def require_same(search: Search, base: RunConfig, stored: Mapping[str, Any]) -> None:
+def _migrate(state: dict[str, Any]) -> StoredSearch:
+    """Return a stored state with the field names and values of this version."""
+    section = renames.SEARCH.migrate(state["search"])
+    space = {}
+    for path, choice in section["space"].items():
+        field = renames.RUN.fields.get(path, path)
+        values = [renames.RUN.new_value(field, value) for value in choice["values"]]
+        space[field] = {**choice, "values": values}
+    section["space"] = space
+
+    trials = []
+    for trial in state["trials"]:
+        values_by_field = {}
+        for path, value in trial["values"].items():
+            field = renames.RUN.fields.get(path, path)
+            values_by_field[field] = renames.RUN.new_value(field, value)
+        trials.append({**trial, "values": values_by_field})
+    return {"search": section, "base": state["base"], "trials": trials}
+
+
+def require_same(search: Search, base: RunConfig, stored: StoredSearch) -> None:
     """Check that the stored state belongs to this search. Its trials may become more.
 
     Raises:
         ConfigError: one line for the first field that differs.
     """
     section = search.section.model_dump(mode="json")
-    for name, value in renames.SEARCH.migrate(stored["search"]).items():
+    for name, value in stored["search"].items():
         if section[name] != value and name not in MAY_CHANGE:
             raise ConfigError(
                 [

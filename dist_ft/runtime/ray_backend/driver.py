@@ -242,14 +242,14 @@ def _worker(settings: WorkerSettings) -> None:
     config = RunConfig.model_validate(settings["config"])
     context = _worker_context(ray, settings["coordinator"])
     coordinator = ActorClient(ray.get_actor(settings["coordinator"], namespace=NAMESPACE))
-    supervisor = Supervisor(
-        config,
-        context,
-        coordinator,
-        checkpoint_reporter(),
-        RunGauges(config.run.name).set_values,
-    )
     try:
+        supervisor = Supervisor(
+            config,
+            context,
+            coordinator,
+            checkpoint_reporter(),
+            RunGauges(config.run.name).set_values,
+        )
         supervisor.run()
     except ray.exceptions.ActorDiedError:
         return  # the coordinator has ended, and so has the driver

@@ -105,6 +105,29 @@ def test_num_trials_max_concurrent_and_operational_fields_may_change(tmp_path):
     ).trials
 
 
+def test_a_search_that_0_1_0_started_resumes_with_the_new_names(tmp_path):
+    space = {"anomaly.max_consecutive": [2, 3], "model.checkpoint": ["latest", "best"]}
+    search = make_search(tmp_path, space=space)
+    journal(tmp_path, search).on_start(
+        0, {"anomaly.max_consecutive": 2, "model.checkpoint": "latest"}
+    )
+    store = Store(f"{tmp_path}/find")
+    text = store.read("trials.json").decode()
+    for new, old in (
+        ("anomaly.max_consecutive", "anomaly.most_in_a_row"),
+        ('"max_consecutive"', '"most_in_a_row"'),
+        ('"max_concurrent"', '"at_once"'),
+        ('"latest"', '"newest"'),
+    ):
+        assert new in text
+        text = text.replace(new, old)
+    store.write("trials.json", text.encode())
+
+    trials = journal(tmp_path, search).trials
+
+    assert trials[0].values == {"anomaly.max_consecutive": 2, "model.checkpoint": "latest"}
+
+
 @pytest.mark.parametrize(("metric", "order"), [("loss", [2, 0, 1]), ("accuracy", [0, 2, 1])])
 def test_the_best_trial_comes_first(tmp_path, metric, order):
     search = make_search(
