@@ -129,7 +129,7 @@ def test_no_credentials(store, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     filesystem.configure({"s3": {"skip_instance_cache": True}})
     with pytest.raises(
-        StorageError, match="No credentials were found\. Set them in the environment"
+        StorageError, match=r"No credentials were found\. Set them in the environment"
     ):
         store.read("x")
 
