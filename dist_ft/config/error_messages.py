@@ -253,8 +253,10 @@ def nearest(path: str) -> str | None:
         return leaves[leaf]
     if leaf in _NAMES_OF_OTHER_TOOLS:
         return _NAMES_OF_OTHER_TOOLS[leaf]
-    whole = difflib.get_close_matches(path, list(paths), n=1, cutoff=0.75)
-    if whole:
-        return whole[0]
+    # Within a known section all paths share a prefix, which makes unrelated keys look similar.
+    if parent not in paths:
+        whole = difflib.get_close_matches(path, list(paths), n=1, cutoff=0.75)
+        if whole:
+            return whole[0]
     close = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.8)
     return leaves[close[0]] if close else None

@@ -283,6 +283,11 @@ def test_invalid_overrides(override, line):
             "learning_rate: no such field. Did you mean optimizer.learning_rate?",
         ),
         ("optimiser.learning_rate=1e-4", "optimiser: no such section. Did you mean optimizer?"),
+        (
+            "optimizer.lrr=1e-4",
+            "optimizer.lrr: no such field. Allowed in optimizer: name, learning_rate, weight_decay, "
+            "decay_exempt, beta1, beta2, eps, momentum, max_grad_norm. Remove it.",
+        ),
         ("max_seq_length=9", "max_seq_length: no such field. Did you mean batch.sequence_length?"),
         (
             "data.fields.promt=q",
