@@ -124,6 +124,20 @@ def test_a_step_without_targets_changes_no_weights():
     )
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_no_weights(value):
+    """The loss may be finite where its gradient is not."""
+    engine = make_engine(name="adamw")
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    engine.accumulate(LANES, [0, 1, 2], targets(LANES))
+    next(engine.module.parameters()).grad.view(-1)[0] = value
+    norm = engine.update(1e-2)
+    assert not math.isfinite(norm)
+    assert all(
+        torch.equal(p, old) for p, old in zip(engine.module.parameters(), before, strict=True)
+    )
+
+
 def test_dropout_follows_the_seed_of_the_lane():
     def losses(seeds):
         engine = TorchEngine(

@@ -28,6 +28,12 @@ def test_classification_metrics_equal_hand_computed_values():
     assert scores.values["calibration_error"] == pytest.approx(abs(confidence - 0.75))
 
 
+def test_full_confidence_shares_the_last_bin():
+    """A right answer at 0.95 and a wrong one at 1.0 are averaged, not counted apart."""
+    found = task_scores.calibration_error(np.array([0.95, 1.0]), np.array([True, False]))
+    assert found == pytest.approx(abs(0.95 + 1.0 - 1) / 2)
+
+
 def test_label_that_does_not_occur_has_its_row():
     scores = task_scores.sequence_classification(
         task("sequence_classification", "a", "b"), np.array([0, 0]), np.eye(2)[[0, 0]]

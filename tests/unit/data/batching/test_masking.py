@@ -59,3 +59,11 @@ def test_each_sample_has_a_target():
     tokens, labels, segments = batch(*[3] * 200)
     _, new_labels = masking(share=0.01).apply(tokens, labels, segments)
     assert ((new_labels != IGNORE_INDEX).reshape(-1, 3).sum(1) >= 1).all()
+
+
+def test_a_segment_without_maskable_tokens_stays_as_it_is():
+    tokens, labels, segments = batch(4, 6)
+    labels[:4] = IGNORE_INDEX
+    masked, new_labels = masking(share=0.5).apply(tokens, labels, segments)
+    assert np.array_equal(masked[:4], tokens[:4])
+    assert (new_labels[:4] == IGNORE_INDEX).all() and (new_labels[4:] != IGNORE_INDEX).any()

@@ -43,6 +43,10 @@ def test_packing_of_a_known_case():
     assert pack_best_fit(np.array([5, 7, 3, 5]), 10).tolist() == [1, 0, 0, 1]
 
 
+def test_a_free_space_of_one_token_is_filled():
+    assert pack_best_fit(np.array([9, 1]), 10).tolist() == [0, 0]
+
+
 def test_packing_does_not_depend_on_the_integer_type():
     lengths = np.random.default_rng(1).integers(1, 100, 500)
     assert np.array_equal(pack_best_fit(lengths, 128), pack_best_fit(lengths.astype(np.int32), 128))
@@ -79,3 +83,10 @@ def test_unshuffled_sequences_follow_their_first_segment():
         [0, 1, 2],
     ]
     assert [len(value) for value in group_into_sequences(np.zeros(0, int), 64, True, 3)] == [0, 1]
+
+
+def test_unpacked_segments_are_sorted_within_each_pool():
+    lengths = np.array([9, 5, 7, 1, 8, 2, 6])
+    members, offsets = group_into_sequences(lengths, 64, False, None, sort_pool=3)
+    assert lengths[members].tolist() == [5, 7, 9, 1, 2, 8, 6]
+    assert offsets.tolist() == list(range(8))

@@ -71,6 +71,19 @@ def test_contrastive_loss_is_lower_for_matching_pairs():
     assert torch.allclose(some * 2, near)
 
 
+def test_contrastive_loss_does_not_depend_on_which_side_is_first():
+    first, second = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    counted = torch.tensor([1, 1, 0, 1, 0])
+    found = loss_sums.contrastive(first, second, counted, 0.1)
+    assert torch.allclose(found, loss_sums.contrastive(second, first, counted, 0.1))
+
+    cosines = torch.nn.functional.cosine_similarity(first[:, None], second[None], dim=-1) / 0.1
+    forward = torch.log_softmax(cosines, 1).diagonal()
+    backward = torch.log_softmax(cosines, 0).diagonal()
+    assert torch.allclose(found, -((forward + backward) / 2 * counted).sum())
+    assert not torch.allclose(forward, backward)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
