@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 __all__ = [
+    "IGNORE_INDEX",
     "Callback",
+    "LossAndOutputs",
+    "RowResult",
     "RunConfig",
+    "Sample",
+    "Task",
+    "TaskScores",
     "__version__",
     "check",
     "evaluate",
@@ -23,11 +29,23 @@ if TYPE_CHECKING:
     from dist_ft.api import check, evaluate, export, generate, predict, report, train
     from dist_ft.config.load import load_config
     from dist_ft.config.schema import RunConfig
+    from dist_ft.data.batch import IGNORE_INDEX
+    from dist_ft.data.encoding.task_rows import Sample
+    from dist_ft.metrics.task_scores import TaskScores
+    from dist_ft.model.model_task import LossAndOutputs
+    from dist_ft.tasks.base import Task
+    from dist_ft.tasks.results import RowResult
     from dist_ft.training.callbacks import Callback
 
 _WHERE = {
     "Callback": "dist_ft.training.callbacks",
     "RunConfig": "dist_ft.config.schema",
+    "Task": "dist_ft.tasks.base",
+    "IGNORE_INDEX": "dist_ft.data.batch",
+    "LossAndOutputs": "dist_ft.model.model_task",
+    "RowResult": "dist_ft.tasks.results",
+    "Sample": "dist_ft.data.encoding.task_rows",
+    "TaskScores": "dist_ft.metrics.task_scores",
     "load_config": "dist_ft.config.load",
     "train": "dist_ft.api",
     "check": "dist_ft.api",

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def write_data(
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
-    if tokenize and config.task.name != "causal_lm":
+    if tokenize and not task_class(config.task.name).reads_formats:
         raise ConfigError(
             [
                 f"--tokenize: not supported for task.name={config.task.name}, whose rows also hold "

@@ -26,6 +26,7 @@ from dist_ft.cli import (
     train,
     workflows,
 )
+from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import Interrupted
 
 app = typer.Typer(
@@ -41,6 +42,15 @@ app = typer.Typer(
     "  dist-ft train configs/single.yaml     train",
 )
 
+OwnTask = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        metavar="MODULE:CLASS",
+        help="Your own task that a folder of a run or a model names: allow its code to run. "
+        "Tasks that your config names need no option.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST_FT_DEBUG=1).")]
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -52,9 +62,11 @@ GROUPS = {"data": data, "runs": runs, "jobs": jobs, "k8s": k8s}
 
 
 @app.callback()
-def _options(debug: Debug = False) -> None:
+def _options(debug: Debug = False, task: OwnTask = None) -> None:
     if debug:
         os.environ["DIST_FT_DEBUG"] = "1"
+    for name in task or ():
+        allow_task(name)
 
 
 def _register(group: typer.Typer, function: Callable[..., None], name: str | None = None) -> None:

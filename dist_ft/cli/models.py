@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from dist_ft.cli.arguments import Config, Overrides, Strategy
+from dist_ft.config.task_facts import task_class
 
 HEAD_NOTES = {
     "random": " (random head)",
@@ -76,7 +77,6 @@ def evaluate(
     """
     from dist_ft.cli import tables
     from dist_ft.config.load import load_config
-    from dist_ft.config.sections.task import TASK_METRICS
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.inference.evaluate import evaluate_models
     from dist_ft.training.console import format_table
@@ -103,7 +103,7 @@ def evaluate(
 
     for path, metrics in results.items():
         if "by_template" in metrics:
-            task_metrics = TASK_METRICS[run.task.name]
+            task_metrics = task_class(run.task.name).metrics
             typer.echo(tables.by_template(path, metrics["by_template"], task_metrics))
 
 

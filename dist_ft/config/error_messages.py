@@ -116,7 +116,10 @@ def allowed(path: str, info: FieldInfo) -> str:
         annotation = next(part for part in get_args(annotation) if part is not type(None))
         optional = ", or null"
     if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(choice) for choice in get_args(annotation)) + optional
+        choices = ", ".join(str(choice) for choice in get_args(annotation))
+        if path == "task.name":
+            choices += ", or the import path of a class such as mypackage.tasks:MyTask"
+        return f"one of {choices}{optional}"
     words = _TYPES.get(get_origin(annotation) or annotation, "another value")  # type: ignore[arg-type]
     return words + _bounds(info) + optional
 

@@ -17,6 +17,7 @@ from dist_ft.config.document import apply_overrides, name_of, parse_yaml, read_d
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
 from dist_ft.config.schema import RunConfig, Section
+from dist_ft.config.task_facts import IMPORT_PATH, allow_task, task_class
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.logs import redact
 from dist_ft.storage.filesystem import Store
@@ -87,12 +88,22 @@ def inspect_config(
         source = os.fspath(path_or_mapping)
         document, duplicates = read_document(source)
     mapping, invalid_overrides = apply_overrides(document, overrides, is_text)
+    _import_task(mapping)
     assembled = assemble(mapping)
     return InspectedConfig(
         assembled.section,
         [redact(problem) for problem in (*duplicates, *invalid_overrides, *assembled.problems)],
         name_of(source),
     )
+
+
+def _import_task(mapping: Mapping[str, Any]) -> None:
+    """Import the task that the user's config names, if it is a class of their own."""
+    section = mapping.get("task")
+    name = section.get("name") if isinstance(section, Mapping) else None
+    if isinstance(name, str) and IMPORT_PATH.fullmatch(name):
+        allow_task(name)
+        task_class(name)
 
 
 def read_stored_config(store: Store) -> dict[str, Any]:

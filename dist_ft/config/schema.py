@@ -35,6 +35,7 @@ from dist_ft.config.sections.section import Section
 from dist_ft.config.sections.task import ColumnsSection, TaskSection
 from dist_ft.config.sections.tuning import LoraSection, TuningSection
 from dist_ft.config.sections.zero import ZeroSection
+from dist_ft.config.task_facts import task_class
 
 __all__ = [
     "AnomalySection",
@@ -119,13 +120,14 @@ class RunConfig(Section):
 
         Tasks with padded batches do not pack, and bucket by default.
         """
-        if self.task.name == "causal_lm":
+        task = task_class(self.task.name)
+        if task.reads_formats:
             return self.data.model_copy(update={"bucket": self.data.bucket or 0})
 
         bucket = DEFAULT_BUCKET if self.data.bucket is None else self.data.bucket
         changes: dict[str, Any] = {"pack": False, "bucket": bucket}
-        if self.task.name == "question_answering":
-            changes["overlong"] = "split"  # a long context continues in further windows
+        if task.always_splits:
+            changes["overlong"] = "split"
         return self.data.model_copy(update=changes)
 
     @property

@@ -21,7 +21,7 @@ from dist_ft.config.document import Document, read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.sections.section import Section
-from dist_ft.config.sections.task import LABELED_TASKS, TASK_METRICS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 from dist_ft.storage.filesystem import is_local
 
@@ -227,7 +227,7 @@ def _stage_config(
                 "revision": None,
             }
         )
-        if config.task.name in LABELED_TASKS:
+        if task_class(config.task.name).has_labels:
             changes["task"] = config.task.model_copy(update={"grow_head": True, "new_head": False})
     if stage.replay and previous:
         train = with_replay(config.data.train, stage.replay, previous)
@@ -321,7 +321,7 @@ def _metric_problems(file: StagesSection, stages: Sequence[Stage]) -> Iterator[s
     if file.metric is None or not stages:
         return
     task = stages[0].config.task.name
-    metrics = ("loss", *TASK_METRICS[task])
+    metrics = ("loss", *task_class(task).metrics)
     if file.metric not in metrics:
         yield (
             f"metric={file.metric}: not a metric of evaluations of task.name={task}. Allowed: "
@@ -341,7 +341,7 @@ def _metric(file: StagesSection, config: RunConfig) -> str:
     if file.metric is not None:
         return file.metric
     best_by = config.checkpoint.best_by
-    return TASK_METRICS[config.task.name][0] if best_by == "loss" else best_by
+    return task_class(config.task.name).metrics[0] if best_by == "loss" else best_by
 
 
 def with_scoring_data(

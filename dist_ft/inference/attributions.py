@@ -15,9 +15,9 @@ from typing import Any, TypedDict
 
 from dist_ft.checkpoint import discovery, trained_model
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.storage.filesystem import Store
+from dist_ft.tasks.base import Task, make_task
 
 NUM_STEPS = 32
 """Points on the path from padding to the text."""
@@ -65,9 +65,10 @@ def attribute(
     committed = [(manifests.parse_folder(name) or (0, 0))[0] for name in names]
     manifest = trained_model.find_manifest(store, step if step in committed else None)
     model, tokenizer = trained_model.load_trained_model(store, manifest, "float32")
-    task = trained_model.load_task(store)
+    section = trained_model.load_task(store)
+    task = make_task(section)
     special_tokens = SpecialTokens.from_tokenizer(tokenizer, model.config)
-    task_model = TaskModel(model, task, special_tokens).eval()
+    task_model = TaskModel(model, section, special_tokens).eval()
     special_ids = set(tokenizer.all_special_ids)
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
@@ -77,7 +78,8 @@ def attribute(
         ids = example["ids"]
         padding = [token if token in special_ids else pad_id for token in ids]
         method = LayerIntegratedGradients(
-            _score_function(task_model, task, example["at"]), model.get_input_embeddings()
+            _score_function(task_model, task, example["at"]),
+            model.get_input_embeddings(),
         )
         gradients = method.attribute(
             torch.tensor([ids]),
@@ -97,17 +99,13 @@ def attribute(
     }
 
 
-def _score_function(task_model: Any, task: TaskSection, at: Any) -> Callable[[Any], Any]:
+def _score_function(task_model: Any, task: Task, at: Any) -> Callable[[Any], Any]:
     """Return the function whose gradients are computed: ids (B, T) to the predicted score (B,)."""
     import torch
 
     def score(ids: Any) -> Any:
         outputs = task_model.run_model(ids, torch.ones_like(ids))
-        if task.name == "question_answering":
-            return outputs.start_logits[:, at[0]] + outputs.end_logits[:, at[1]]
-        if task.name == "token_classification":
-            return sum(outputs.logits[:, token, tag] for token, tag in at)
-        return outputs.logits[:, at].sum(1)
+        return task.score_for_attribution(outputs, at)
 
     return score
 

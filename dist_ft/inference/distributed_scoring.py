@@ -23,6 +23,7 @@ from dist_ft.config.schema import (
     ScheduleSection,
 )
 from dist_ft.config.sections.robustness import RobustnessSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.core.world import World, collectives
 from dist_ft.inference.evaluation_run import has_own_head, resolve_answers
@@ -90,12 +91,10 @@ def _require_distributable(config: RunConfig) -> None:
 
 def _head(run: ResolvedRun) -> str:
     """Return the source of the predictions; see `ModelUnderTest.head`."""
-    from dist_ft.model.heads import TASKS_WITH_HEAD
-
     config = run.config
     if config.prompting.method != "none":
         return config.prompting.method
-    if config.task.name in TASKS_WITH_HEAD and not has_own_head(run):
+    if task_class(config.task.name).has_head and not has_own_head(run):
         return "random"
     return "trained"
 

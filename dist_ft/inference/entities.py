@@ -12,6 +12,8 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
+
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import ConfigError, DataError
@@ -21,11 +23,12 @@ from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.inference.model_under_test import ModelScores
-from dist_ft.metrics.task_scores import METRICS_BY_TASK
+from dist_ft.metrics import task_scores
 from dist_ft.model.heads import longest_input
 from dist_ft.runtime.bootstrap.few_shot_examples import draw_examples
 from dist_ft.runtime.bootstrap.labels import resolve_labels
 from dist_ft.storage.filesystem import Store
+from dist_ft.tasks.base import make_task
 
 HEADER = "Find the entities in each text. Kinds: {kinds}.\n\n"
 TEMPLATE = "Text: {text}\nEntities:"
@@ -106,12 +109,14 @@ class EntityGenerator:
                 expected.append(_as_array(sample.label))
                 predicted.append(_as_array([self._label_ids.get(tag, outside_id) for tag in tags]))
 
+        # a generated answer has no probabilities
+        predictions = [(tags, np.ones(len(tags))) for tags in predicted]
         metrics: dict[str, Any] = {}
         if samples:
-            scores = METRICS_BY_TASK["token_classification"](self.run.task, expected, predicted)
+            scores = task_scores.token_classification(self.run.task.labels, expected, predicted)
             metrics = {**scores.values, **scores.tables}
         metrics["readable"] = num_readable / max(1, len(samples))
-        return ModelScores(metrics, expected, predicted)
+        return ModelScores(metrics, expected, predictions)
 
     def _generate(self, samples: Sequence[Sample]) -> list[str]:
         """Return the generated text of each row, up to the end of its first line."""
@@ -167,7 +172,8 @@ class EntityGenerator:
 
     def _read_samples(self, sources: Sequence[Source]) -> list[Sample]:
         """Return the rows of `sources`, at most the first evaluation.max_samples."""
-        config, task, samples = self.run.config, self.run.task, []
+        config, task = self.run.config, make_task(self.run.task)
+        samples: list[Sample] = []
         shards_by_source = discover_shards(list(sources), "evaluation.data")
         rows = (
             (shard.url, row_number, row)
@@ -179,11 +185,7 @@ class EntityGenerator:
             try:
                 if isinstance(row, DataError):
                     raise row
-                samples.append(
-                    task_rows.read_token_classification(
-                        row, task, self._label_ids, RowLocation(url, row_number)
-                    )
-                )
+                samples.append(task.read(row, RowLocation(url, row_number)))
             except DataError:
                 if config.data.bad_rows == "error":
                     raise
@@ -213,6 +215,4 @@ class EntityGenerator:
 
 def _as_array(label_ids: Sequence[int]) -> Any:
     """Return the label ids of a row's words as an int64 array (T,)."""
-    import numpy as np
-
     return np.asarray(label_ids, dtype=np.int64)

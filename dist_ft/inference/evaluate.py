@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.task import TASK_METRICS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference import distributed_scoring
 from dist_ft.inference.entities import EntityGenerator
@@ -93,7 +93,7 @@ def aggregate_templates(
     for name, value in every[0].items():
         if isinstance(value, float | int):
             metrics[name] = sum(one[name] for one in every) / len(every)
-    for name in TASK_METRICS[task]:
+    for name in task_class(task).metrics:
         values = [one[name] for one in every if name in one]
         values.sort(key=lambda value: best.sort_key(name, value))
         if values:

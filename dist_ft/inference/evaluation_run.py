@@ -10,7 +10,7 @@ from dist_ft.checkpoint import initial_weights
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import PromptingSection
-from dist_ft.config.sections.task import LABELED_TASKS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
@@ -52,7 +52,7 @@ def resolve_answers(run: ResolvedRun, world: World, collectives: Collectives) ->
     """
     config = run.config
     is_prompted = config.prompting.method != "none"
-    if config.task.name in LABELED_TASKS and not is_prompted and not run.labels:
+    if task_class(config.task.name).has_labels and not is_prompted and not run.labels:
         own = tuple(label for _, label in sorted((_model_config(run).id2label or {}).items()))
         if has_own_head(run) and len(own) > 1:
             run = replace(run, labels=own)

@@ -14,8 +14,8 @@ from dist_ft.config.load import load_stored_section
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.config.sections.decoding import DecodingSection, format_strategy, parse_strategy
 from dist_ft.config.sections.prompting import PromptingSection, get_model_task
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
-from dist_ft.model import heads
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.load import load_task_model, load_tokenizer
 
@@ -143,7 +143,7 @@ def detect_task(config: Any, path: str) -> TaskSection:
             "Models with a head, causal models and encoder-decoders are allowed. Train one."
         )
     labels = ()
-    if name in heads.LABELED_TASKS:
+    if task_class(name).has_labels:
         labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
     return TaskSection.model_validate({"name": name, "labels": labels})
 

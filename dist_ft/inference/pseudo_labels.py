@@ -70,14 +70,14 @@ def pseudo_label(
         DataError: a row without a text.
     """
     task = predictor.task
-    if task.name != "sequence_classification":
+    if not task.has_label_per_row:
         raise ModelError(
             f"a model of task {task.name} does not choose one label for a text. Models of "
             "sequence_classification are allowed. Give one that was trained with it."
         )
     kept: dict[str, list[_Candidate]] = {label: [] for label in task.labels}
     left_out: Counter[str] = Counter()
-    stream = _unlabeled(rows, task.columns.label, left_out)
+    stream = _unlabeled(rows, task.section.columns.label, left_out)
     number = 0
     while chunk := list(islice(stream, CHUNK_ROWS)):
         for row, prediction in zip(chunk, predictor.predict(chunk), strict=True):
@@ -86,7 +86,7 @@ def pseudo_label(
             if probability < confidence:
                 left_out["unsure"] += 1
                 continue
-            labeled = {**row, task.columns.label: label, CONFIDENCE: probability}
+            labeled = {**row, task.section.columns.label: label, CONFIDENCE: probability}
             candidate = _Candidate(probability, -number, labeled)
             if max_per_label and len(kept[label]) == max_per_label:
                 heapq.heappushpop(kept[label], candidate)  # drops the least confident row

@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Source
-from dist_ft.config.sections.task import TASK_METRICS
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.data.tools import perturb
 from dist_ft.inference.model_under_test import ModelScores, ModelUnderTest
 from dist_ft.metrics.robustness import out_of_scope_auroc, share_of_changed_predictions
+from dist_ft.tasks.base import make_task
 
 
 def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
     """Return metrics on the held-out rows in scope, and the scores of evaluation.robustness."""
     config = model.run.config
-    section, task = config.evaluation.robustness, config.task
+    section, task = config.evaluation.robustness, make_task(config.task)
     label = section.out_of_scope_label
     has_out_of_scope = label is not None or bool(section.out_of_scope)
     if not has_out_of_scope and not section.typo_rate and section.swaps is None:
@@ -86,22 +86,22 @@ def _score_out_of_scope(
 def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
     """Return the metrics on the rows with typos, as `<metric>_typos`."""
     config = model.run.config
-    section, task = config.evaluation.robustness, config.task
+    section, task = config.evaluation.robustness, make_task(config.task)
     noisy = []
     for number, row in enumerate(rows):
         add_typos = perturb.make_typo_function(section.typo_rate, section.seed, number)
-        noisy.append(perturb.perturb_row(row, task, add_typos))
+        noisy.append(perturb.perturb_row(row, task.text_columns(), add_typos))
     metrics = model.score(_write_source(folder, "typos", noisy)).metrics
-    return {f"{name}_typos": metrics[name] for name in TASK_METRICS[task.name] if name in metrics}
+    return {f"{name}_typos": metrics[name] for name in task.metrics if name in metrics}
 
 
 def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
     """Return how predictions change where names are swapped, over rows with such names."""
     config = model.run.config
-    task, swap = config.task, perturb.make_swap_function(_swap_pairs(config))
+    task, swap = make_task(config.task), perturb.make_swap_function(_swap_pairs(config))
     original, swapped = [], []
     for row in rows:
-        changed = perturb.perturb_row(row, task, swap)
+        changed = perturb.perturb_row(row, task.text_columns(), swap)
         if changed != row:
             original.append(row)
             swapped.append(changed)
@@ -110,11 +110,12 @@ def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
 
     before = model.score(_write_source(folder, "before", original))
     after = model.score(_write_source(folder, "after", swapped))
-    metric = TASK_METRICS[task.name][0]
+    metric = task.metrics[0]
     return {
         "counterfactual_rows": len(original),
         "counterfactual_changed": share_of_changed_predictions(
-            task.name, before.predicted, after.predicted
+            [task.decide(one) for one in before.predicted],
+            [task.decide(one) for one in after.predicted],
         ),
         "counterfactual_gap": abs(before.metrics[metric] - after.metrics[metric]),
     }

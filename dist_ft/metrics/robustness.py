@@ -30,27 +30,12 @@ def out_of_scope_auroc(in_scope: Sequence[Any], out_of_scope: Sequence[Any]) -> 
     return float(roc_auc_score(is_in_scope, np.concatenate(confidence)))
 
 
-def share_of_changed_predictions(task: str, before: Sequence[Any], after: Sequence[Any]) -> float:
+def share_of_changed_predictions(before: Sequence[Any], after: Sequence[Any]) -> float:
     """Return the share of rows whose prediction changed, from 0 to 1.
 
     Args:
-        task: name of the task.
-        before: output for each row, in the form that `PredictionCollector` gathers.
-        after: output for each perturbed row, in the order of `before`.
+        before: what the model decided for each row (`Task.decide`).
+        after: the same for each perturbed row, in the order of `before`.
     """
-    changed = [
-        not np.array_equal(_decode_row(task, row_before), _decode_row(task, row_after))
-        for row_before, row_after in zip(before, after, strict=True)
-    ]
+    changed = [not np.array_equal(*pair) for pair in zip(before, after, strict=True)]
     return float(np.mean(changed))
-
-
-def _decode_row(task: str, output: Any) -> Any:
-    """Return a row's prediction: label id, booleans (K,), tag ids (T,), or the output itself."""
-    if task == "sequence_classification":
-        return np.asarray(output).argmax()
-    if task == "token_classification":
-        return output[0]
-    if task == "multi_label":
-        return np.asarray(output) > 0
-    return np.asarray(output)

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from dist_ft.config.sections.task import TaskSection
 
 RECALL_CUTOFFS = (1, 5, 10)
 ROWS_PER_CHUNK = 1024
@@ -45,19 +43,19 @@ class TaskScores:
 
 
 def sequence_classification(
-    task: TaskSection, labels: np.ndarray, logits: np.ndarray
+    names: Sequence[str], labels: np.ndarray, logits: np.ndarray
 ) -> TaskScores:
     """Return the metrics of `logits` (N, K) for `labels` (N,)."""
     from sklearn import metrics
 
     predicted = logits.argmax(1)
     probabilities = softmax(logits)
-    label_ids = list(range(len(task.labels)))
+    label_ids = list(range(len(names)))
     report = metrics.classification_report(
         labels,
         predicted,
         labels=label_ids,
-        target_names=list(task.labels),
+        target_names=list(names),
         output_dict=True,
         zero_division=0,
     )
@@ -74,13 +72,13 @@ def sequence_classification(
             "calibration_error": calibration_error(probabilities.max(1), predicted == labels),
         },
         {
-            "by_label": _select_labels(task, report),
+            "by_label": _select_labels(names, report),
             "confusion": metrics.confusion_matrix(labels, predicted, labels=label_ids).tolist(),
         },
     )
 
 
-def multi_label(task: TaskSection, labels: np.ndarray, logits: np.ndarray) -> TaskScores:
+def multi_label(names: Sequence[str], labels: np.ndarray, logits: np.ndarray) -> TaskScores:
     """Return the metrics of `logits` (N, K) for `labels` (N, K) of 0 or 1.
 
     A logit above 0 predicts the label.
@@ -89,7 +87,7 @@ def multi_label(task: TaskSection, labels: np.ndarray, logits: np.ndarray) -> Ta
 
     predicted = (logits > 0).astype(int)
     report = metrics.classification_report(
-        labels, predicted, target_names=list(task.labels), output_dict=True, zero_division=0
+        labels, predicted, target_names=list(names), output_dict=True, zero_division=0
     )
 
     def f1(average: str) -> float:
@@ -101,11 +99,11 @@ def multi_label(task: TaskSection, labels: np.ndarray, logits: np.ndarray) -> Ta
             "f1_micro": f1("micro"),
             "f1_macro": f1("macro"),
         },
-        {"by_label": _select_labels(task, report)},
+        {"by_label": _select_labels(names, report)},
     )
 
 
-def regression(task: TaskSection, targets: np.ndarray, predicted: np.ndarray) -> TaskScores:
+def regression(targets: np.ndarray, predicted: np.ndarray) -> TaskScores:
     """Return the metrics of `predicted` (N,) for `targets` (N,)."""
     from scipy import stats
 
@@ -125,19 +123,19 @@ def regression(task: TaskSection, targets: np.ndarray, predicted: np.ndarray) ->
 
 
 def token_classification(
-    task: TaskSection, expected: Sequence[np.ndarray], predicted: Sequence[np.ndarray]
+    names: Sequence[str], expected: Sequence[np.ndarray], predicted: Sequence[np.ndarray]
 ) -> TaskScores:
     """Return the metrics of entities (seqeval) and of single tags.
 
     Args:
-        task: task of the run.
+        names: the tags.
         expected: tag numbers (T,) of the words of each sample.
         predicted: the same, as predicted.
     """
     from seqeval import metrics
     from sklearn.metrics import accuracy_score, classification_report
 
-    names = np.array(task.labels, dtype=object)
+    names = np.array(names, dtype=object)
     flat_expected, flat_predicted = np.concatenate(expected), np.concatenate(predicted)
     expected_names = [names[tags].tolist() for tags in expected]
     predicted_names = [names[tags].tolist() for tags in predicted]
@@ -146,7 +144,7 @@ def token_classification(
     tables: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types that do not occur; they count 0
-        if any(_is_entity_tag(label) for label in task.labels):
+        if any(_is_entity_tag(label) for label in names):
             pair = (expected_names, predicted_names)
             values["precision"] = float(metrics.precision_score(*pair))
             values["recall"] = float(metrics.recall_score(*pair))
@@ -159,12 +157,12 @@ def token_classification(
             flat_expected,
             flat_predicted,
             labels=list(range(len(names))),
-            target_names=list(task.labels),
+            target_names=list(names),
             output_dict=True,
             zero_division=0,
         )
 
-    tables["by_tag"] = _select_labels(task, tag_report)
+    tables["by_tag"] = _select_labels(names, tag_report)
     return TaskScores(values, tables)
 
 
@@ -173,13 +171,10 @@ def _is_entity_tag(label: str) -> bool:
     return len(label) > 2 and label[1] == "-"
 
 
-def question_answering(
-    task: TaskSection, expected: np.ndarray, predicted: np.ndarray
-) -> TaskScores:
+def question_answering(expected: np.ndarray, predicted: np.ndarray) -> TaskScores:
     """Return exact match and F1 of token spans.
 
     Args:
-        task: task of the run.
         expected: (N, 3) [window, first token, last token] of the answer of each question; window
             -1: no answer.
         predicted: (N, 3) the same, as predicted.
@@ -196,7 +191,7 @@ def question_answering(
     return TaskScores({"exact_match": float(is_exact.mean()), "f1": float(f1.mean())})
 
 
-def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> TaskScores:
+def embedding(first: np.ndarray, second: np.ndarray) -> TaskScores:
     """Return how well vectors `first` (N, H) retrieve their own partner among all `second` (N, H).
 
     The metrics are recall@k, the mean reciprocal rank (mrr) and NDCG@10.
@@ -222,23 +217,10 @@ def embedding(task: TaskSection, first: np.ndarray, second: np.ndarray) -> TaskS
     return TaskScores(values)
 
 
-def token_accuracy(task: TaskSection, counts: np.ndarray, unused: np.ndarray) -> TaskScores:
+def token_accuracy(counts: np.ndarray) -> TaskScores:
     """Return the share of correct tokens, from `counts` (N, 2): [correct, all] of each sample."""
     num_correct, num_tokens = counts.sum(0)
     return TaskScores({"accuracy": float(num_correct / max(1, num_tokens))})
-
-
-METRICS_BY_TASK: Mapping[str, Callable[[TaskSection, Any, Any], TaskScores]] = {
-    "sequence_classification": sequence_classification,
-    "multi_label": multi_label,
-    "regression": regression,
-    "token_classification": token_classification,
-    "question_answering": question_answering,
-    "embedding": embedding,
-    "masked_lm": token_accuracy,
-    "seq2seq": token_accuracy,
-}
-"""The function that computes the metrics of each task except causal_lm, which has only a loss."""
 
 
 def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
@@ -259,9 +241,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(-1, keepdims=True)
 
 
-def _select_labels(task: TaskSection, report: Mapping[str, Any]) -> LabelTable:
+def _select_labels(names: Sequence[str], report: Mapping[str, Any]) -> LabelTable:
     """Return the rows of a report that belong to labels, without its averages."""
-    return _plain_numbers({label: report[label] for label in task.labels if label in report})
+    return _plain_numbers({name: report[name] for name in names if name in report})
 
 
 def _plain_numbers(report: Mapping[str, Any]) -> LabelTable:

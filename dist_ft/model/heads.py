@@ -8,51 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from dist_ft.config.sections.task import LABELED_TASKS, TaskSection
+from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
+from dist_ft.model.model_task import ModelTask, model_task
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "multi_label": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "question_answering": "AutoModelForQuestionAnswering",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "masked_lm": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-}
-
-
-class TaskAbility(NamedTuple):
-    """Words of an error message about a task.
-
-    Attributes:
-        action: what a model of the task does.
-        models: the kind of models that can do it.
-    """
-
-    action: str
-    models: str = "encoders and causal models of usual kinds"
-
-
-TASK_ABILITIES = {
-    "causal_lm": TaskAbility("continue text", "causal language models"),
-    "sequence_classification": TaskAbility("classify texts"),
-    "multi_label": TaskAbility("classify texts"),
-    "regression": TaskAbility("score texts"),
-    "token_classification": TaskAbility("tag words"),
-    "question_answering": TaskAbility("mark answers"),
-    "seq2seq": TaskAbility("generate a text from a text", "encoder-decoders"),
-    "masked_lm": TaskAbility("predict masked tokens", "encoders such as BERT"),
-    "embedding": TaskAbility("embed texts"),
-}
 OFFSET_POSITION_MODELS = (
     "roberta",
     "xlm-roberta",
@@ -68,8 +33,6 @@ OFFSET_POSITION_MODELS = (
     "mra",
 )
 """Types of models whose first position is pad_token_id + 1."""
-TASKS_WITH_HEAD = (*LABELED_TASKS, "regression", "question_answering", "masked_lm")
-"""Tasks with a head of their own, which is always trained."""
 DEFAULT_INIT_STD = 0.02
 
 
@@ -77,7 +40,7 @@ def auto_class(task: TaskSection) -> Any:
     """Return the transformers class for `task`."""
     import transformers
 
-    return getattr(transformers, AUTO_CLASSES[task.name])
+    return getattr(transformers, model_task(task).auto_class)
 
 
 def supports_task(config: PretrainedConfig, task: TaskSection) -> bool:
@@ -85,11 +48,7 @@ def supports_task(config: PretrainedConfig, task: TaskSection) -> bool:
     if type(config) not in auto_class(task)._model_mapping:
         return False
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    if task.name == "causal_lm":
-        return not (is_encoder_decoder or _is_encoder(config))
-    if task.name == "seq2seq":
-        return is_encoder_decoder
-    return not is_encoder_decoder
+    return model_task(task).accepts(is_encoder_decoder, _is_encoder(config))
 
 
 def longest_input(config: PretrainedConfig) -> int | None:
@@ -135,7 +94,7 @@ def length_error(
 
 def unsupported_task_error(config: PretrainedConfig, task: TaskSection) -> str:
     """Return the error message for a model that cannot do `task`."""
-    ability = TASK_ABILITIES[task.name]
+    ability = model_task(task).ability
     remedy = "Choose another model"
     if task.name != "causal_lm":
         remedy += ", or another task.name"
@@ -163,34 +122,38 @@ def set_labels(config: PretrainedConfig, task: TaskSection, path: str) -> None:
     Raises:
         ModelError: the model in `path` has a head of the same kind for other labels.
     """
-    if task.name == "question_answering":
-        config.num_labels = 2  # start and end of an answer, whatever head the folder had
-    if task.name not in LABELED_TASKS and task.name != "regression":
+    model = model_task(task)
+    model.configure(config)
+    names = model.output_names
+    if not names:
         return
 
-    labels = task.labels if task.name in LABELED_TASKS else ("score",)
-    if task.name in LABELED_TASKS and not task.new_head and has_head(config, task):
+    if model.has_labels and not task.new_head and has_head(config, task):
         own = [label for _, label in sorted((config.id2label or {}).items())]
-        if own != list(labels):
-            kind = AUTO_CLASSES[task.name].removeprefix("AutoModel")
+        if own != list(names):
             raise ModelError(
                 f"task.labels: the model in model.path={path} has a head for {_shorten(own)}, but "
-                f"the labels are {_shorten(labels)}. The same labels in the same order are "
-                f"allowed. Set task.labels so, or task.new_head=true to start a new {kind} head."
+                f"the labels are {_shorten(names)}. The same labels in the same order are "
+                f"allowed. Set task.labels so, or task.new_head=true to start a new "
+                f"{_class_suffix(model)} head."
             )
 
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: number for number, label in enumerate(labels)}
-    if AUTO_CLASSES[task.name].endswith("SequenceClassification"):
-        problem_types = {"multi_label": "multi_label_classification", "regression": "regression"}
-        problem_type: Any = problem_types.get(task.name, "single_label_classification")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    if model.auto_class.endswith("SequenceClassification"):
+        problem_type: Any = model.problem_type or "single_label_classification"
         config.problem_type = problem_type
 
 
 def has_head(config: PretrainedConfig, task: TaskSection) -> bool:
     """Whether a model's files hold a head of the kind `task` needs."""
-    kind = AUTO_CLASSES[task.name].removeprefix("AutoModel")
-    return any(name.endswith(kind) for name in config.architectures or ())
+    suffix = _class_suffix(model_task(task))
+    return any(name.endswith(suffix) for name in config.architectures or ())
+
+
+def _class_suffix(task: ModelTask) -> str:
+    """Return the end of the names of the task's classes, such as ForTokenClassification."""
+    return task.auto_class.removeprefix("AutoModel")
 
 
 def is_outside_base_model(name: str, model: PreTrainedModel) -> bool:
@@ -206,7 +169,7 @@ def is_head(name: str, model: PreTrainedModel) -> bool:
 
 def may_be_new(name: str, model: PreTrainedModel, task: TaskSection) -> bool:
     """Whether a weight may be absent from a model's files: it belongs to a new head."""
-    return task.name not in ("causal_lm", "seq2seq") and is_head(name, model)
+    return not model_task(task).weights_are_complete and is_head(name, model)
 
 
 def init_std(config: PretrainedConfig) -> float:

@@ -25,7 +25,8 @@ from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.prompt_templates import LabelWords
 from dist_ft.model.heads import length_error
-from dist_ft.model.task_models import LossAndOutputs, SpecialTokens, TaskModel
+from dist_ft.model.model_task import LossAndOutputs
+from dist_ft.model.task_models import SpecialTokens, TaskModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,8 @@ from typing_extensions import override
 from dist_ft.config.sections.task import RiskSection
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.model.causal_lm import CausalLM
-from dist_ft.model.task_models import LossAndOutputs, TaskInputs, TaskModel
+from dist_ft.model.model_task import LossAndOutputs, TaskInputs
+from dist_ft.model.task_models import TaskModel
 from dist_ft.model.trainable_model import Inputs
 
 
@@ -165,7 +166,7 @@ class RiskSeq2Seq(_RiskMixin, TaskModel):  # type: ignore[misc]
         if self._risk_groups is None:
             return super()._seq2seq_loss(inputs)
         labels = inputs.labels  # (R, T2)
-        logits = self._seq2seq_logits(inputs)
+        logits = self.run_encoder_decoder(inputs)
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(),
             labels.flatten(),

@@ -13,7 +13,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from dist_ft.model.losses import loss_sums
-from dist_ft.model.task_models import LossAndOutputs, TaskInputs, TaskModel, pool_hidden_states
+from dist_ft.model.model_task import LossAndOutputs, TaskInputs
+from dist_ft.model.task_models import TaskModel, pool_hidden_states
 
 COSINE_SCALE = 20.0
 """Factor from cosines to logits, as in the training of sentence encoders."""
@@ -42,10 +43,12 @@ class PrototypeModel(TaskModel):
     def embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors (B, H), float32 and of length 1, of texts (B, T)."""
         hidden = self.run_model(ids, mask).last_hidden_state.float()
-        return functional.normalize(pool_hidden_states(hidden, mask, self._task.pooling), dim=1)
+        return functional.normalize(
+            pool_hidden_states(hidden, mask, self._task.section.pooling), dim=1
+        )
 
     @override
-    def _sequence_classification_loss(self, inputs: TaskInputs) -> LossAndOutputs:
+    def compute_loss(self, inputs: TaskInputs) -> LossAndOutputs:
         assert self.prototypes is not None
         prototypes = self.prototypes.to(inputs.ids.device)
         logits = COSINE_SCALE * self.embed(inputs.ids, inputs.mask) @ prototypes.T  # (B, K)

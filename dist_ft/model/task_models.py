@@ -19,11 +19,9 @@ import torch
 from typing_extensions import override
 
 from dist_ft.config.sections.task import TaskSection
-from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORE_INDEX, Batch
-from dist_ft.data.encoding.answer_spans import last_tokens
-from dist_ft.data.encoding.task_encoder import LABELS_PER_POSITION
 from dist_ft.model.losses import loss_sums
+from dist_ft.model.model_task import LossAndOutputs, TaskInputs, model_task
 from dist_ft.model.trainable_model import Inputs, TrainableModel
 
 if TYPE_CHECKING:
@@ -59,38 +57,6 @@ class SpecialTokens:
         return cls(inner.pad_token_id, tokenizer.sep_token_id if has_token_types else None)
 
 
-class TaskInputs(NamedTuple):
-    """Tensors of one batch of a task.
-
-    Attributes:
-        ids: (B, T) token ids, padded on the right; of two texts a row the first, (B, T1).
-        mask: int64, shape of `ids`: 1 where a token is, 0 in the padding.
-        labels: (B, T) labels as the task encodes them, or `IGNORE_INDEX`; of two texts a row (B,
-            T2).
-        second_ids: (B, T2) the second text of each row (seq2seq: the target; embedding: the other
-            text).
-        second_mask: (B, T2) int64, as `mask`.
-    """
-
-    ids: Any
-    mask: Any
-    labels: Any
-    second_ids: Any = None
-    second_mask: Any = None
-
-
-class LossAndOutputs(NamedTuple):
-    """Result of a forward.
-
-    Attributes:
-        loss: summed over the samples or tokens of the batch, float32 ().
-        outputs: predictions of the model (logits, scores, token ids or vectors), rows first.
-    """
-
-    loss: torch.Tensor
-    outputs: torch.Tensor
-
-
 class TaskModel(TrainableModel):
     """A transformers model with the head of a task."""
 
@@ -105,10 +71,10 @@ class TaskModel(TrainableModel):
         """Wrap `model`; smoothing and noise apply in training only.
 
         Raises:
-            ModelError: seq2seq, and the model's config has no decoder_start_token_id.
+            ModelError: the model's config lacks something that the task needs.
         """
         super().__init__(model, neftune_alpha)
-        self._task = task
+        self._task = model_task(task)
         self._special = special
         self._smoothing = label_smoothing
         self._class_weights: torch.Tensor | None = None
@@ -117,14 +83,8 @@ class TaskModel(TrainableModel):
         self._row_lengths: torch.Tensor | None = None  # (B, 1), of the current forward
         self._positions: torch.Tensor | None = None  # (N,), of the current forward
         self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
-        if task.name == "seq2seq" and model.config.decoder_start_token_id is None:
-            raise ModelError(
-                f"model of type {model.config.model_type}: its config has no "
-                "decoder_start_token_id, the first token of every generated text. Set it in "
-                "config.json."
-            )
-
-        if task.name == "masked_lm":
+        self._task.check_model_config(model.config)
+        if self._task.masks_tokens:
             model.get_output_embeddings().register_forward_pre_hook(self._select_positions)
         self._takes_token_types = (
             special.separator is not None and getattr(model.config, "type_vocab_size", 0) > 1
@@ -147,12 +107,12 @@ class TaskModel(TrainableModel):
         mask = np.arange(width) < lengths[:, None]  # (B, T)
         ids = np.where(mask, batch.input_ids, self._special.pad)
 
-        if self._task.name in ("seq2seq", "embedding"):
+        if self._task.keeps_texts_apart:
             arrays = self._split_texts(ids, mask, labels)
         else:
             arrays = {"ids": ids, "mask": mask.astype(np.int64), "labels": labels}
 
-        if self._task.name == "masked_lm":
+        if self._task.masks_tokens:
             # Computed on the host, so that the device need not synchronize. Without masked tokens,
             # one position that is ignored.
             has_labels = (labels != IGNORE_INDEX).any()
@@ -208,9 +168,8 @@ class TaskModel(TrainableModel):
             return_outputs: also return the model's predictions.
         """
         self._positions = positions
-        compute_loss = getattr(self, f"_{self._task.name}_loss")
-        inputs = TaskInputs(ids, mask, labels, second_ids, second_mask)
-        loss, outputs = compute_loss(inputs)
+        inputs = TaskInputs(ids, mask, labels, second_ids, second_mask, positions)
+        loss, outputs = self.compute_loss(inputs)
 
         loss = self.add_penalty(loss, labels)
         self._row_lengths = self._positions = None
@@ -241,100 +200,22 @@ class TaskModel(TrainableModel):
         """Return `values` (B, T, ...) of each token, without the virtual tokens in front."""
         return values[:, len(self.virtual.ids) :] if self.virtual is not None else values
 
-    def _weighted_cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy of logits (N, K) to targets (N,), with the task's options."""
+    def weighted_cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy of logits (N, K) to targets (N,), summed.
+
+        With the class weights, the focal loss and the label smoothing of the config.
+        """
         if self._class_weights is not None and self._class_weights.device != logits.device:
             self._class_weights = self._class_weights.to(logits.device)
         return loss_sums.cross_entropy(
             logits,
             targets,
             self._class_weights,
-            self._task.focal_gamma,
-            self._smoothing if self.training else 0.0,
+            self._task.section.focal_gamma,
+            self.smoothing,
         )
 
-    def _sequence_classification_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: logits (B, K)."""
-        logits = self.run_model(inputs.ids, inputs.mask).logits
-        loss = self._weighted_cross_entropy(logits, inputs.labels[:, 0])
-        return LossAndOutputs(loss, logits)
-
-    def _token_classification_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: logits (B, T, K)."""
-        logits = self.drop_virtual_tokens(self.run_model(inputs.ids, inputs.mask).logits)
-        loss = self._weighted_cross_entropy(logits.flatten(0, 1), inputs.labels.flatten())
-        return LossAndOutputs(loss, logits)
-
-    def _multi_label_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: logits (B, K). Labels are bits, `LABELS_PER_POSITION` in a position."""
-        logits = self.run_model(inputs.ids, inputs.mask).logits
-        num_labels = logits.shape[1]
-        label_numbers = torch.arange(num_labels, device=logits.device)
-        num_words = -(-num_labels // LABELS_PER_POSITION)
-
-        words = inputs.labels[:, :num_words].clamp(min=0)  # (B, num_words)
-        words_of_labels = words[:, label_numbers // LABELS_PER_POSITION]  # (B, K)
-        bits = words_of_labels >> (label_numbers % LABELS_PER_POSITION) & 1
-
-        # A row counts once for each position that is labeled: the trainer divides by positions.
-        row_weights = (inputs.labels[:, 0] != IGNORE_INDEX) * num_words
-        loss = loss_sums.binary_cross_entropy(logits, bits, row_weights, self._task.focal_gamma)
-        return LossAndOutputs(loss, logits)
-
-    def _regression_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: values (B,). Labels are float32 values, stored by their bits."""
-        values = self.run_model(inputs.ids, inputs.mask).logits[:, 0]
-        labels = inputs.labels[:, 0]
-        is_labeled = labels != IGNORE_INDEX
-        targets = labels.to(torch.int32).view(torch.float32)
-        targets = torch.where(is_labeled, targets, 0.0)
-        return LossAndOutputs(loss_sums.squared_error(values, targets, is_labeled), values)
-
-    def _question_answering_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: logits of an answer's start and end, (B, T, 2)."""
-        output = self.run_model(inputs.ids, inputs.mask)
-        is_labeled = inputs.labels != IGNORE_INDEX
-        has_answer = is_labeled.any(1)
-        # The label stands at the first token of the answer, and holds its last token.
-        first_labeled = is_labeled.long().argmax(1)  # (B,)
-        start = torch.where(has_answer, first_labeled, IGNORE_INDEX)
-        last = last_tokens(inputs.labels.gather(1, first_labeled[:, None])[:, 0])
-        end = torch.where(has_answer, last, IGNORE_INDEX)
-
-        start_logits, end_logits = (
-            self.drop_virtual_tokens(logits).masked_fill(inputs.mask == 0, MASKED_LOGIT)
-            for logits in (output.start_logits, output.end_logits)
-        )
-        start_loss = loss_sums.cross_entropy(start_logits, start)
-        end_loss = loss_sums.cross_entropy(end_logits, end)
-        loss = (start_loss + end_loss) / 2
-        return LossAndOutputs(loss, torch.stack([start_logits, end_logits], -1))
-
-    def _masked_lm_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: predicted token ids (B, T), `IGNORE_INDEX` where no token is masked."""
-        logits = self.run_model(inputs.ids, inputs.mask).logits[0]  # (N, V)
-        loss = loss_sums.cross_entropy(
-            logits,
-            inputs.labels.flatten()[self._positions],
-            smoothing=self._smoothing if self.training else 0.0,
-        )
-
-        # Put the predictions of masked tokens back into rows.
-        predicted = torch.full_like(inputs.ids.flatten(), IGNORE_INDEX)
-        predicted = predicted.index_put((self._positions,), logits.argmax(-1))
-        return LossAndOutputs(loss, predicted.view(inputs.ids.shape))
-
-    def _seq2seq_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: predicted token ids (B, T2)."""
-        logits = self._seq2seq_logits(inputs)
-        loss = loss_sums.cross_entropy(
-            logits.flatten(0, 1),
-            inputs.labels.flatten(),
-            smoothing=self._smoothing if self.training else 0.0,
-        )
-        return LossAndOutputs(loss, logits.argmax(-1))
-
-    def _seq2seq_logits(self, inputs: TaskInputs) -> torch.Tensor:
+    def run_encoder_decoder(self, inputs: TaskInputs) -> torch.Tensor:
         """Return the logits (B, T2, V) of the second texts."""
         # No noise: source and target share the embedding, and their lengths differ.
         self._row_lengths = None
@@ -356,18 +237,19 @@ class TaskModel(TrainableModel):
             use_cache=False,
         ).logits
 
-    def _embedding_loss(self, inputs: TaskInputs) -> LossAndOutputs:
-        """Outputs: vectors of both texts, (B, 2, H)."""
-        first = self._embed(inputs.ids, inputs.mask)
-        second = self._embed(inputs.second_ids, inputs.second_mask)
-        has_labels = (inputs.labels != IGNORE_INDEX).any(1)
-        loss = loss_sums.contrastive(first, second, has_labels, self._task.temperature)
-        return LossAndOutputs(loss, torch.stack([first, second], 1))
-
-    def _embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def embed_texts(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors (B, H) of texts (B, T)."""
         hidden = self.drop_virtual_tokens(self.run_model(ids, mask).last_hidden_state)
-        return pool_hidden_states(hidden, mask, self._task.pooling)
+        return pool_hidden_states(hidden, mask, self._task.section.pooling)
+
+    def compute_loss(self, inputs: TaskInputs) -> LossAndOutputs:
+        """Return the loss of a batch and the outputs of its rows; see `ModelTask.compute_loss`."""
+        return self._task.compute_loss(self, inputs)
+
+    @property
+    def smoothing(self) -> float:
+        """Label smoothing of this forward: in training only."""
+        return self._smoothing if self.training else 0.0
 
 
 def pool_hidden_states(hidden: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from dist_ft.checkpoint.export import INFO_FILE
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.core.logs import redact
-from dist_ft.model.heads import LABELED_TASKS
 from dist_ft.runs.run_facts import facts, stored_config
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.metrics_log import read_metrics
@@ -75,7 +74,7 @@ def render(
         "",
         *_table(("", ""), list(run_facts.items())),
     ]
-    if task in LABELED_TASKS:
+    if about["task"].get("labels"):
         names = model_config.get("id2label") or {}
         labels = [_cell(names[number]) for number in sorted(names, key=int)]
         lines += ["## Labels", "", ", ".join(labels), ""] if labels else []

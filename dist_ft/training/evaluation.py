@@ -14,13 +14,13 @@ from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine, pad_to_equal_lanes
 from dist_ft.metrics.task_scores import LabelTable
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.error_examples import DESCRIBERS, ErrorExample
+from dist_ft.tasks.base import make_task
+from dist_ft.training.error_examples import ErrorExample
 from dist_ft.training.held_out_generation import Generation, HeldOutGenerator
 from dist_ft.training.prediction_collector import PredictionCollector
 
 FOLDER = "evaluations"
 CAUSAL_LM = TaskSection()
-TOKEN_TASKS = ("causal_lm", "masked_lm", "seq2seq")
 """Tasks that predict tokens, whose loss has a perplexity."""
 
 
@@ -83,10 +83,10 @@ def evaluate(
     Lanes are dealt to workers as in training; a worker without a lane runs an empty batch of weight
     zero. `on_progress` is called for each batch.
     """
-    task, generator = outputs.task, outputs.generator
+    task, generator = make_task(outputs.task), outputs.generator
     collector = None
-    if task.name != "causal_lm":
-        collector = outputs.collector or PredictionCollector(task)
+    if not task.reads_formats:
+        collector = outputs.collector or PredictionCollector(outputs.task)
 
     loss_sum, num_targets = 0.0, 0
     most_lanes = world.largest_share(num_lanes)
@@ -108,7 +108,7 @@ def evaluate(
     total, count = collectives.sum([loss_sum, num_targets])
     loss = total / max(1.0, count)
     metrics = {"loss": loss}
-    if task.name in TOKEN_TASKS:
+    if task.counts_tokens:
         metrics["perplexity"] = math.exp(min(loss, 700.0))  # a larger one would overflow
 
     metrics["num_target_tokens"] = count
@@ -118,7 +118,7 @@ def evaluate(
         scores = collector.compute_scores(collectives)
         metrics |= scores.values
         tables = scores.tables
-        if task.name in DESCRIBERS:
+        if task.describes_errors:
             tokenizer = loader.store.encoder.tokenizer
             examples = collector.collect_error_examples(collectives, tokenizer)
 

@@ -20,6 +20,7 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
+from dist_ft.tasks.base import make_task
 
 if TYPE_CHECKING:
     from dist_ft.model.generation import GenerationRequest, TextGenerator
@@ -117,7 +118,7 @@ class HeldOutGenerator:
         """Assign only."""
         self._section = config.evaluation
         self._tokenizer = tokenizer
-        self._is_encoder_decoder = config.task.name == "seq2seq"
+        self._is_encoder_decoder = make_task(config.task).keeps_texts_apart
         self._samples: list[HeldOutSample] = []
 
     @classmethod

@@ -22,6 +22,7 @@ from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
+from dist_ft.tasks.base import make_task
 from dist_ft.training.held_out_generation import HeldOutSample, iterate_samples
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class MinimumRisk:
         self._section = config.task.risk
         self._seed = config.run.seed
         self._tokenizer = tokenizer
-        self._is_encoder_decoder = config.task.name == "seq2seq"
+        self._is_encoder_decoder = make_task(config.task).keeps_texts_apart
         self._text_tokenizer = config.evaluation.text_tokenizer
 
     @classmethod

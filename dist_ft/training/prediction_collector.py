@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import Batch
-from dist_ft.metrics.task_scores import METRICS_BY_TASK, TaskScores
+from dist_ft.metrics.task_scores import TaskScores
+from dist_ft.tasks.base import make_task
+from dist_ft.tasks.results import PredictionRow, Predictions, Window, WindowKey
 from dist_ft.training import error_examples
-from dist_ft.training.error_examples import ErrorExample, Window, WindowKey
-from dist_ft.training.predictions import ROW_READERS, PredictionRow, best_answers
-
-
-class Predictions(NamedTuple):
-    """Expected and predicted values, one of each for every sample, in the order of samples."""
-
-    expected: list[Any]
-    predicted: list[Any]
+from dist_ft.training.error_examples import ErrorExample
 
 
 class PredictionCollector:
@@ -27,18 +21,17 @@ class PredictionCollector:
 
     def __init__(self, task: TaskSection) -> None:
         """Start without a prediction; `task` says how the model's output is read."""
-        self._task = task
+        self._task = make_task(task)
         self._rows: list[PredictionRow] = []  # of this worker
         self._windows: dict[WindowKey, Window] = {}  # of this worker, where examples need them
         self._all_rows: list[PredictionRow] = []  # of all workers, once gathered
 
     def add(self, batch: Batch, outputs: np.ndarray) -> None:
         """Add the model's `outputs` for `batch`, one for each of its rows."""
-        read = ROW_READERS[self._task.name]
         for row, (sample, start, size, _) in enumerate(batch.segments.tolist()):
-            result = read(batch.target_ids[row, :size], outputs[row])
+            result = self._task.read_output(batch.target_ids[row, :size], outputs[row])
             self._rows.append(PredictionRow(sample, start, *result))
-            if self._task.name in error_examples.DESCRIBERS:
+            if self._task.describes_errors:
                 self._windows[sample, start] = Window(
                     batch.input_ids[row, :size].astype(np.int32),
                     batch.target_ids[row, :size].astype(np.int32),
@@ -50,23 +43,14 @@ class PredictionCollector:
         if not expected:
             return TaskScores({})
 
-        compute = METRICS_BY_TASK[self._task.name]
-        if self._task.name == "token_classification":
-            return compute(self._task, expected, [tags for tags, _ in predicted])
-        return compute(self._task, np.array(expected), np.array(predicted))
+        return self._task.compute_scores(expected, predicted)
 
     def gather_predictions(self, collectives: Collectives) -> Predictions:
         """Return the predictions of all workers, ordered by sample; a collective call."""
         rows = [row for part in collectives.all_gather(self._rows) for row in part]
         rows.sort(key=lambda row: (row.sample, row.window))
         self._all_rows = rows
-        if rows and self._task.name == "question_answering":
-            answers = best_answers(rows)
-            return Predictions(
-                [answer.expected for answer in answers], [answer.predicted for answer in answers]
-            )
-
-        return Predictions([row.expected for row in rows], [row.predicted for row in rows])
+        return self._task.combine_windows(rows)
 
     def collect_error_examples(
         self, collectives: Collectives, tokenizer: Any

@@ -17,8 +17,8 @@ from dist_ft.config import renames
 from dist_ft.config.identity import changes
 from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.task import LABELED_TASKS
 from dist_ft.config.stages import Stages, with_scoring_data
+from dist_ft.config.task_facts import task_class
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError
 from dist_ft.inference.evaluate import evaluate_models
@@ -192,7 +192,7 @@ def _digest(config: RunConfig) -> str:
 
 def _head_labels(run: RunConfig) -> list[str]:
     """Return the labels of a run's head, in order; [] if its task has none."""
-    if run.task.name not in LABELED_TASKS:
+    if not task_class(run.task.name).has_labels:
         return []
     label_by_id = json.loads(Store(run.run_url).read("model/config.json"))["id2label"]
     return [label_by_id[number] for number in sorted(label_by_id, key=int)]

@@ -13,7 +13,7 @@ import tiny
 import tiny_tasks
 
 from dist_ft.config.load import load_config
-from dist_ft.config.sections.task import TASK_METRICS
+from dist_ft.config.task_facts import task_class
 from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
 
@@ -73,7 +73,7 @@ def test_promises_2_and_7(base: Path, method: str) -> None:
     plain = base / "runs" / document["run"]["name"]
     losses = history.losses(plain)
     assert sum(losses[-4:]) < sum(losses[:4])
-    assert set(TASK_METRICS["sequence_classification"]) <= evaluations(plain)[-1].keys()
+    assert set(task_class("sequence_classification").metrics) <= evaluations(plain)[-1].keys()
     documents = [
         document_of(base, method, f"z{stage}", workers=2, stage=stage) for stage in (0, 2, 3)
     ]

@@ -13,7 +13,7 @@ import tiny_tasks
 
 from dist_ft import api
 from dist_ft.config.load import load_config
-from dist_ft.config.sections.task import TASK_METRICS
+from dist_ft.config.task_facts import task_class
 from dist_ft.runtime import local
 from dist_ft.storage.filesystem import Store
 
@@ -87,7 +87,7 @@ def plain(base: Path, task: str) -> Path:
         for name in evaluation(run, -1)
         if name not in ("step", "kind", "time", "loss", "num_target_tokens")
     }
-    assert metrics == set(TASK_METRICS[document["task"]["name"]]), (
+    assert metrics == set(task_class(document["task"]["name"]).metrics), (
         "the allowed values of checkpoint.best_by"
     )
     return run

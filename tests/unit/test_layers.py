@@ -18,6 +18,7 @@ ROOMS = (
     "metrics",
     "data",
     "model",
+    "tasks",
     "engine",
     "checkpoint",
     "planning",
@@ -34,9 +35,18 @@ ROOMS = (
 """Folders (and modules) of the package: each may import from itself and from those before it."""
 
 SUBFOLDERS = {
-    "config": ("renames", "sections", "schema", "error_messages", "credentials", "checks", "."),
+    "config": (
+        "renames",
+        "task_facts",
+        "sections",
+        "schema",
+        "error_messages",
+        "credentials",
+        "checks",
+        ".",
+    ),
     "data": (".", "sampling", "sources", "encoding", "blocks", "batching", "tools"),
-    "model": ("heads", "losses", "adapters", ".", "loading"),
+    "model": ("model_task", "heads", "losses", "adapters", ".", "loading"),
     "runtime": ("machine", "bootstrap", "local", "elastic", "preflight", "ray_backend"),
     "cluster": ("jobs", "k8s"),
 }

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
-
-SPLITTING_TASKS = ("masked_lm", "question_answering")
-"""Tasks for which a long row can be split into several sequences."""
-AUGMENTED_TASKS = (
-    "sequence_classification",
-    "multi_label",
-    "regression",
-    "token_classification",
-)
-"""Tasks that allow augmentation: their labels belong to words, or to whole texts."""
+from dist_ft.config.task_facts import task_class, tasks_where
 
 
 def _split(config: RunConfig) -> Iterator[str]:
     is_split = config.data.overlong == "split" and config.data.format != "text"
-    if is_split and config.task.name not in SPLITTING_TASKS:
+    if is_split and not task_class(config.task.name).splits_rows:
         yield (
             "data.overlong=split: only plain text can be split "
             f"(data.format={config.data.format}). Allowed: error, truncate, drop. Use one of "
@@ -30,7 +21,7 @@ def _split(config: RunConfig) -> Iterator[str]:
 def _format(config: RunConfig) -> Iterator[str]:
     data = config.data
     has_format = data.format != "auto" or data.fields != type(data.fields)()
-    if config.task.name != "causal_lm" and has_format:
+    if has_format and not task_class(config.task.name).reads_formats:
         yield (
             f"data.format={data.format}: task.name={config.task.name} reads the columns of "
             "task.columns. Allowed with task.name=causal_lm. Remove it and data.fields."
@@ -41,10 +32,11 @@ def _augment(config: RunConfig) -> Iterator[str]:
     augment, task = config.data.augment, config.task.name
     if augment == type(augment)():
         return
-    if task not in AUGMENTED_TASKS:
+    if not task_class(task).allows_augmentation:
+        tasks = ", ".join(tasks_where(allows_augmentation=True))
         yield (
             f"data.augment: not used by task.name={task} (its targets are tokens or positions of "
-            f"the texts themselves). Allowed with {', '.join(AUGMENTED_TASKS)}. Remove it."
+            f"the texts themselves). Allowed with {tasks}. Remove it."
         )
     if bool(augment.replace) != bool(augment.synonyms):
         yield (

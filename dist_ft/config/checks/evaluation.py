@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.config.sections.decoding import GENERATIVE_TASKS
-from dist_ft.config.sections.task import LABELED_TASKS, TASK_METRICS
-
-TYPO_TASKS = (*LABELED_TASKS, "regression", "question_answering")
-"""Tasks whose texts can get typos; the answer to a question must remain in its context."""
+from dist_ft.config.task_facts import task_class, tasks_where
 
 
 def _best_checkpoints(config: RunConfig) -> Iterator[str]:
@@ -51,7 +47,7 @@ def _epochs(config: RunConfig) -> Iterator[str]:
 
 def _best_by(config: RunConfig) -> Iterator[str]:
     evaluation, task = config.evaluation, config.task.name
-    metrics = ["loss", *TASK_METRICS[task]]
+    metrics = ["loss", *task_class(task).metrics]
     if evaluation.decoding.max_new_tokens:
         metrics += evaluation.text_metrics
     if config.checkpoint.best_by not in metrics:
@@ -71,32 +67,32 @@ def _average(config: RunConfig) -> Iterator[str]:
 
 def _generative_task(config: RunConfig) -> Iterator[str]:
     max_new_tokens = config.evaluation.decoding.max_new_tokens
-    if max_new_tokens and config.task.name not in GENERATIVE_TASKS:
+    if max_new_tokens and not task_class(config.task.name).generates_text:
         yield (
             f"evaluation.decoding.max_new_tokens={max_new_tokens}: models of "
             f"task.name={config.task.name} generate no text. Allowed with "
-            f"{' and '.join(GENERATIVE_TASKS)}. Set it to 0."
+            f"{' and '.join(tasks_where(generates_text=True))}. Set it to 0."
         )
 
 
 def _robustness(config: RunConfig) -> Iterator[str]:
     section, task = config.evaluation.robustness, config.task
-    path = "evaluation.robustness"
-    if section.typo_rate and task.name not in TYPO_TASKS:
+    facts, path = task_class(task.name), "evaluation.robustness"
+    if section.typo_rate and not facts.allows_typos:
         yield (
             f"{path}.typo_rate={section.typo_rate}: not used by task.name={task.name}. Allowed "
-            f"with {', '.join(TYPO_TASKS)}. Remove it."
+            f"with {', '.join(tasks_where(allows_typos=True))}. Remove it."
         )
-    if section.swaps and task.name not in LABELED_TASKS:
+    if section.swaps and not facts.has_labels:
         yield (
             f"{path}.swaps={section.swaps}: not used by task.name={task.name}. Allowed with "
-            f"{', '.join(LABELED_TASKS)}. Remove it."
+            f"{', '.join(tasks_where(has_labels=True))}. Remove it."
         )
     for field in ("out_of_scope_label", "out_of_scope"):
-        if getattr(section, field) and task.name != "sequence_classification":
+        if getattr(section, field) and not facts.has_label_per_row:
             yield (
                 f"{path}.{field}: not used by task.name={task.name}. Allowed with "
-                "sequence_classification. Remove it."
+                f"{', '.join(tasks_where(has_label_per_row=True))}. Remove it."
             )
     if section.out_of_scope_label is not None and section.out_of_scope_label in task.labels:
         yield (

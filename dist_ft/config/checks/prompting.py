@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
-
-TASK_OF_METHOD = {
-    "likelihood": "sequence_classification",
-    "generation": "token_classification",
-    "prototypes": "sequence_classification",
-}
+from dist_ft.config.task_facts import TASKS, task_class
 
 
 def _task(config: RunConfig) -> Iterator[str]:
     method, task = config.prompting.method, config.task
     if method == "none":
         return
-    if task.name != TASK_OF_METHOD[method]:
+    if method not in task_class(task.name).prompting_methods:
+        tasks = [name for name in TASKS if method in task_class(name).prompting_methods]
         yield (
             f"prompting.method={method}: not used by task.name={task.name}. Allowed with "
-            f"task.name={TASK_OF_METHOD[method]}. Set that, or remove it."
+            f"task.name={' or '.join(tasks)}. Set that, or remove it."
         )
     for field in ("focal_gamma", "new_head"):
         if not task.is_default(field):

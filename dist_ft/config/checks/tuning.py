@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.tuning import PROMPT_METHODS
+from dist_ft.config.task_facts import task_class
 
 
 def _nvme(config: RunConfig) -> Iterator[str]:
@@ -31,10 +32,11 @@ def _prompts(config: RunConfig) -> Iterator[str]:
     if tuning.method not in PROMPT_METHODS:
         return
     method = f"tuning.method={tuning.method}"
-    if config.task.name == "masked_lm":
+    task = config.task.name
+    if task_class(task).virtual_token_type is None:
         yield (
-            f"{method}: peft has no virtual tokens for task.name=masked_lm. Allowed with all other "
-            "tasks. Set tuning.method=lora."
+            f"{method}: peft has no virtual tokens for task.name={task}. Allowed with other tasks. "
+            "Set tuning.method=lora."
         )
     if not _is_plain_likelihood(config):
         yield (

@@ -11,8 +11,6 @@ from dist_ft.config import renames
 from dist_ft.config.sections.section import Section, as_tuple
 from dist_ft.core.errors import ConfigError
 
-GENERATIVE_TASKS = ("causal_lm", "seq2seq")
-"""Tasks whose models generate text."""
 TEXT_METRICS = (
     "bleu",
     "chrf",

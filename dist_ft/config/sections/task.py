@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PositiveFloat,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from dist_ft.config.sections.decoding import TextMetric
 from dist_ft.config.sections.section import Identity, Section
+from dist_ft.config.task_facts import IMPORT_PATH, TASKS, task_class
 
 TaskName = Literal[
     "causal_lm",
@@ -21,21 +29,13 @@ TaskName = Literal[
     "masked_lm",
     "embedding",
 ]
-LABELED_TASKS = ("sequence_classification", "multi_label", "token_classification")
-"""Tasks whose outputs are labels."""
 
-TASK_METRICS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("perplexity",),
-    "sequence_classification": ("accuracy", "f1_macro", "f1_weighted", "mcc", "calibration_error"),
-    "multi_label": ("accuracy", "f1_micro", "f1_macro"),
-    "regression": ("mse", "mae", "pearson", "spearman"),
-    "token_classification": ("accuracy", "precision", "recall", "f1"),
-    "question_answering": ("exact_match", "f1"),
-    "seq2seq": ("perplexity", "accuracy"),
-    "masked_lm": ("perplexity", "accuracy"),
-    "embedding": ("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10"),
-}
-"""Metrics of evaluations of each task, in addition to the loss."""
+
+def _accept_own_task(value: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Accept the import path of a class, which is imported when it is used."""
+    if isinstance(value, str) and IMPORT_PATH.fullmatch(value):
+        return value
+    return validate(value)
 
 
 def _as_labels(value: object) -> object:
@@ -125,7 +125,7 @@ class ColumnsSection(Section):
 class TaskSection(Section):
     """What the model does."""
 
-    name: TaskName = Identity(
+    name: Annotated[TaskName, WrapValidator(_accept_own_task), PlainSerializer(str)] = Identity(
         "causal_lm",
         description=(
             "causal_lm: continue text, answer, chat; sequence_classification: one label per text "
@@ -133,7 +133,7 @@ class TaskSection(Section):
             "of labels; regression: a number; token_classification: a tag per word; "
             "question_answering: a span of a text; seq2seq: a text from a text, by an "
             "encoder-decoder; masked_lm: masked tokens; embedding: vectors that are close for "
-            "related texts."
+            "related texts. Or the import path of your own class, such as mypackage.tasks:MyTask."
         ),
     )
     objective: Literal["likelihood", "minimum_risk"] = Field(
@@ -209,23 +209,25 @@ class TaskSection(Section):
     )
 
 
-USED_BY = {
-    "labels": LABELED_TASKS,
-    "new_head": LABELED_TASKS,
-    "grow_head": LABELED_TASKS,
-    "class_weights": ("sequence_classification", "token_classification"),
-    "focal_gamma": LABELED_TASKS,
-    "stride": ("question_answering",),
-    "mask_probability": ("masked_lm",),
-    "temperature": ("embedding",),
-    "pooling": ("embedding",),
-}
-"""Fields and the tasks that use them."""
+TASK_FIELDS = (
+    "labels",
+    "new_head",
+    "grow_head",
+    "class_weights",
+    "focal_gamma",
+    "stride",
+    "mask_probability",
+    "temperature",
+    "pooling",
+)
+"""Fields that some tasks use only (`TaskFacts.fields`)."""
 
 
 def _unused_fields(task: TaskSection) -> Iterator[str]:
-    for field, tasks in USED_BY.items():
-        if task.name not in tasks and not task.is_default(field):
+    used = task_class(task.name).fields
+    for field in TASK_FIELDS:
+        if field not in used and not task.is_default(field):
+            tasks = [name for name in TASKS if field in task_class(name).fields]
             yield (
                 f"task.{field}: not used by task.name={task.name}. Allowed with "
                 f"{', '.join(tasks)}. Remove it, or set task.name."

@@ -27,6 +27,7 @@ from dist_ft.core.errors import DataError, ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.seeds import derive_seed, random_uint64, to_unit_interval
 from dist_ft.data.batch import IGNORE_INDEX
+from dist_ft.data.encoding.data_task import data_task
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
 from dist_ft.storage.filesystem import Store
 
@@ -112,7 +113,7 @@ class Augmentation:
         is_fixed[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = True
 
         outside_label = None
-        if task.name == "token_classification":
+        if data_task(task).has_label_per_word:
             outside_label = -1
             if OUTSIDE_TAG in task.labels:
                 outside_label = task.labels.index(OUTSIDE_TAG)

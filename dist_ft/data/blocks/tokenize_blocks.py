@@ -22,6 +22,7 @@ import numpy as np
 
 from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import DataError, DistFtError, ModelError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
@@ -243,6 +244,7 @@ def load_encoder(setup: EncoderSetup) -> Encoder:
     recipe = setup["recipe"]
     # The recipe has the field names of 0.1.0, as runs store a hash of it.
     task = TaskSection.model_validate(renames.RUN.migrate(recipe.get("task") or {}, "task"))
+    allow_task(task.name)  # the parent uses it already
     prompting = PromptingSection.model_validate(
         renames.RUN.migrate(recipe.get("prompting") or {}, "prompting")
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.prompt_encoder import PromptEncoder
 from dist_ft.data.encoding.task_encoder import TaskEncoder
@@ -20,7 +21,7 @@ def make_encoder(
     prompting: PromptingSection = NO_PROMPT,
 ) -> Encoder:
     """Return the encoder of the rows of `data` for `task`, whose labels must be known."""
-    if task.name == "causal_lm":
+    if task_class(task.name).reads_formats:
         return Encoder(tokenizer, data)
     if prompting.method == "likelihood":
         return PromptEncoder(tokenizer, data, task, prompting, sequence_length)

@@ -202,16 +202,19 @@ def _decode_json(text: str, column: str, location: RowLocation) -> Any:
         ) from error
 
 
-def get_column(row: Row, column: str, field: str, location: RowLocation) -> Any:
-    """Return the value of a row's column; `field` is the config field that names the column.
+def get_column(row: Row, column: str, field: str | None, location: RowLocation) -> Any:
+    """Return the value of a row's column.
+
+    `field` is the config field that names the column; None: no field does.
 
     Raises:
         DataError: the row has no such column.
     """
     if column not in row:
+        remedy = f"Set {field} to the right one" if field else "Rename a column"
         raise location.error(
-            f"has no column '{column}'. Its columns: {', '.join(map(str, row)) or 'none'}. Set "
-            f"{field} to the right one or repair the row."
+            f"has no column '{column}'. Its columns: {', '.join(map(str, row)) or 'none'}. "
+            f"{remedy} or repair the row."
         )
 
     return row[column]

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError
 from dist_ft.core.seeds import derive_seed
 from dist_ft.data.sources.discovery import Row
@@ -20,23 +19,13 @@ KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
 
-def perturbed_columns(task: TaskSection) -> tuple[str, ...]:
-    """Return the columns whose texts may change.
+def perturb_row(row: Row, columns: Iterable[str], change: Callable[[str], str]) -> Row:
+    """Return a row with `change` applied to the texts of `columns`.
 
-    The context of a question may not: it must still contain the answer.
+    A list of words keeps its length.
     """
-    columns = task.columns
-    if task.name == "token_classification":
-        return (columns.tokens,)
-    if task.name == "question_answering":
-        return (columns.question,)
-    return (columns.text,) if columns.pair is None else (columns.text, columns.pair)
-
-
-def perturb_row(row: Row, task: TaskSection, change: Callable[[str], str]) -> Row:
-    """Return a row with `change` applied to its texts; a list of words keeps its length."""
     changed = {}
-    for name in perturbed_columns(task):
+    for name in columns:
         if name in row:
             changed[name] = _change_value(row[name], change)
     return {**row, **changed}

@@ -308,7 +308,7 @@ def probe_outputs(
     ids, mask = tokens, torch.ones_like(tokens)
     if virtual is not None:
         ids, mask = virtual.prepend(ids, mask)
-    kwargs = {"decoder_input_ids": tokens} if task.name == "seq2seq" else {}
+    kwargs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     outputs = model(input_ids=ids, attention_mask=mask, **kwargs)
     for name in ("logits", "start_logits", "last_hidden_state"):
         if name in outputs:

@@ -26,23 +26,13 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import TuningSection
 from dist_ft.core.errors import ModelError
 from dist_ft.data.batch import IGNORE_INDEX, Batch
+from dist_ft.model.model_task import model_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "virtual_tokens"
 """Name of the module in a model."""
-PEFT_TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    "sequence_classification": "SEQ_CLS",
-    "multi_label": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "question_answering": "QUESTION_ANS",
-    "embedding": "FEATURE_EXTRACTION",
-}
-"""peft's names of the tasks for which it supports virtual tokens."""
 
 
 class IdsAndMask(NamedTuple):
@@ -213,7 +203,7 @@ def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSectio
 
     prompt = section.prompt
     common: dict[str, Any] = {
-        "task_type": PEFT_TASK_TYPES[task.name],
+        "task_type": model_task(task).virtual_token_type,
         "num_virtual_tokens": prompt.tokens,
     }
     hidden_size: dict[str, Any] = {"encoder_hidden_size": prompt.hidden_size or None}

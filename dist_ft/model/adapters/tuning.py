@@ -20,6 +20,7 @@ from dist_ft.config.sections.tuning import MERGEABLE_METHODS, PROMPT_METHODS, Tu
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.model.adapters.added_layers import linear_layers
+from dist_ft.model.model_task import model_task
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def apply_tuning(
     """
     own = set(_parameters(model))
     head: set[str] = set()
-    if task.name in heads.TASKS_WITH_HEAD:
+    if model_task(task).has_head:
         head = {name for name in own if heads.is_head(name, model)}
 
     peft_model = _add_layers(model, section, seed, task, head, text_ids)
@@ -208,7 +209,7 @@ def peft_config(
     """
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
-    task_type = {"causal_lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}.get(task.name)
+    task_type = model_task(task).adapter_type
     excluded = sorted({name.rpartition(".")[0] for name in head}) or None
     common: dict[str, Any] = {"task_type": task_type, "exclude_modules": excluded}
     if section.method == "ia3":

@@ -20,6 +20,7 @@ from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
 from dist_ft.model.loading.download import fetch_model
+from dist_ft.model.model_task import model_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +207,7 @@ def _load_with_adapter(
 ) -> LoadedModel:
     """Return the base model of an adapter's folder, with the adapter in it."""
     base = section.model_copy(update=info["base"])
-    base_task = task.model_copy(update={"new_head": task.name in heads.LABELED_TASKS})
+    base_task = task.model_copy(update={"new_head": model_task(task).has_labels})
     model, new_weights = load_task_model(base_task, base, cache_dir)
     loaded = adapter_files.load_adapter(model, folder, info, task)
     return LoadedModel(model, new_weights - loaded)
@@ -253,11 +254,11 @@ def _name(item: Any) -> str:
 def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
     """Return further arguments of the model class.
 
-    An embedding model gets no pooler, because nothing would use and train it.
+    A model whose task uses no pooler gets none, because nothing would train it.
     """
     import inspect
 
-    if task.name != "embedding" or type(config) not in heads.auto_class(task)._model_mapping:
+    if model_task(task).uses_pooler or type(config) not in heads.auto_class(task)._model_mapping:
         return {}
     model_class: Any = heads.auto_class(task)._model_mapping[type(config)]
     if isinstance(model_class, tuple | list):

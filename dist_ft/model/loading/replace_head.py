@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.model import heads
+from dist_ft.model.model_task import model_task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,7 +28,7 @@ def replaced_head_key_mapping(
     from transformers import AutoConfig
 
     model_classes = heads.auto_class(task)._model_mapping
-    if task.name not in heads.TASKS_WITH_HEAD or type(config) not in model_classes:
+    if not model_task(task).has_head or type(config) not in model_classes:
         return None
     model_class: Any = model_classes[type(config)]
     if isinstance(model_class, tuple | list):

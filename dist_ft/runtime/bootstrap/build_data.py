@@ -27,6 +27,7 @@ from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.model.loading.download import cache_folder
 from dist_ft.model.loading.load import load_tokenizer
 from dist_ft.storage.filesystem import Store
+from dist_ft.tasks.base import make_task
 
 FOLDER = "data"
 """Folder of a run with its indexes and what was found in its data."""
@@ -185,7 +186,7 @@ def _build_loader(
     blocks.checksums = [measure.checksum for measure in index.block_stats]
     plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
     masking = None
-    if run.task.name == "masked_lm":
+    if make_task(run.task).masks_tokens:
         masking = Masking.from_task(run.tokenizer, run.task, config.run.seed)
     augmentation = None
     if data.field == TRAINING_FIELD and section.augment != type(section.augment)():

@@ -12,6 +12,7 @@ from dist_ft.checkpoint.manifest import Manifest, TensorInfo
 from dist_ft.checkpoint.trained_model import MODEL_FOLDER
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
 
@@ -125,7 +126,7 @@ def add_loss(model: Any, run: ResolvedRun) -> TrainableModel:
 
     config, task = run.config, run.task
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
-    if task.name == "causal_lm":
+    if task_class(task.name).reads_formats:
         if task.objective == "minimum_risk":
             from dist_ft.model.minimum_risk import RiskCausalLM
 

@@ -10,11 +10,12 @@ from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.data.encoding import prompt_templates, task_rows
+from dist_ft.data.encoding import prompt_templates
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, RowLocation, discover_shards
 from dist_ft.storage.filesystem import Store
+from dist_ft.tasks.base import make_task
 
 TEMPLATES_FILE = "data/examples.json"
 """File of a run: its prompt templates with the examples written in."""
@@ -58,15 +59,14 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
 
 def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
     """Return `count` training samples, per label or in total, in an order by prompting.seed."""
-    config, task = run.config, run.task
-    label_ids = {label: number for number, label in enumerate(run.labels)}
-    per_label = config.prompting.shots_by == "label" and task.name == "sequence_classification"
+    config, task = run.config, make_task(run.task)
+    per_label = config.prompting.shots_by == "label" and task.has_label_per_row
 
     def samples() -> Iterator[tuple[int, Sample]]:
         """Yield (class, sample); without classes all samples are of class 0."""
         for location, row in _training_rows(config):
             try:
-                sample = task_rows.READERS[task.name](row, task, label_ids, location)
+                sample = task.read(row, location)
             except DataError:
                 if config.data.bad_rows == "error":
                     raise

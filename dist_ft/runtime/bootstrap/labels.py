@@ -13,11 +13,12 @@ from dataclasses import replace
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
-from dist_ft.config.sections.task import LABELED_TASKS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import task_rows
+from dist_ft.data.encoding.data_task import data_task
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.model.loading.download import fetch_model
@@ -40,7 +41,7 @@ def resolve_labels(
         ConfigError: task.class_weights has another number of labels.
     """
     config, task = run.config, run.config.task
-    if task.name not in LABELED_TASKS:
+    if not task_class(task.name).has_labels:
         return run
 
     labels = run.labels
@@ -97,15 +98,13 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
 
 def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
     """Return the labels of the rows of `sources`; reads every row once."""
-    labels: set[str] = set()
+    task, labels = data_task(config.task), set[str]()
     for shard in (shard for source in discover_shards(sources) for shard in source):
         for number, row in enumerate(readers.iter_rows(shard), 1):
             try:
                 if isinstance(row, DataError):
                     raise row
-                labels.update(
-                    task_rows.read_label_names(row, config.task, RowLocation(shard.url, number))
-                )
+                labels.update(task.read_label_names(row, RowLocation(shard.url, number)))
             except DataError:
                 if config.data.bad_rows == "error":
                     raise

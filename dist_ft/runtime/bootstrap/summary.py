@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.task import TaskSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
 from dist_ft.planning import memory
@@ -63,7 +64,7 @@ def at_start(
 
 def _task_row(task: TaskSection) -> list[tuple[str, str]]:
     """Return the row of the task and its first labels; none for causal_lm."""
-    if task.name == "causal_lm":
+    if task_class(task.name).reads_formats:
         return []
     text, labels = task.name.replace("_", " "), task.labels
     if labels:

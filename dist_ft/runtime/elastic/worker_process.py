@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import DistFtError, explain_library_error
 from dist_ft.runtime.elastic import process_keeper
 from dist_ft.runtime.elastic.messages import (
@@ -256,6 +257,7 @@ def main() -> None:
         if os.path.isdir(setup.folder):
             os.chdir(setup.folder)
         config = RunConfig.model_validate(setup.config)
+        allow_task(config.task.name)  # the driver allowed it
         import_failure = _import(config, setup.modules)
         start: StartTraining = pipe.recv()
     except EOFError:

@@ -8,15 +8,16 @@ from dataclasses import replace
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.config.sections.prompting import untrainable_problems
-from dist_ft.config.sections.task import LABELED_TASKS, TaskSection
+from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
 
 
 def task_with_any_labels(config: RunConfig) -> TaskSection:
     """Return the model's task with labels; if none are named, two that fit any model."""
     task = config.model_task
-    if task.name not in LABELED_TASKS or (task.labels and not task.grow_head):
+    if not task_class(task.name).has_labels or (task.labels and not task.grow_head):
         return task
     return task.model_copy(update={"labels": ("0", "1"), "new_head": True, "grow_head": False})
 

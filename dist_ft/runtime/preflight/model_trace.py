@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.tuning import PROMPT_METHODS
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.logs import quiet_third_parties
 from dist_ft.planning.memory import DecoderShape, activation_bytes
 from dist_ft.planning.model_shape import LanePeaks, ModelShape, PeakBytes, WeightShape
@@ -117,7 +118,7 @@ def _wrap_with_loss(model: Any, config: RunConfig) -> TrainableModel:
     from dist_ft.model.loading.meta_model import BareModel
     from dist_ft.runtime.bootstrap.build_model import add_loss
 
-    if config.task.name == "causal_lm" and config.task.objective != "minimum_risk":
+    if task_class(config.task.name).reads_formats and config.task.objective != "minimum_risk":
         return add_loss(model, ResolvedRun.from_config(config))
     return BareModel(model)
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.config.task_facts import allow_task
 from dist_ft.core import logs
 from dist_ft.core.errors import DistFtError, WorkerError
 from dist_ft.core.world import World
@@ -240,6 +241,7 @@ def _worker(settings: WorkerSettings) -> None:
         os.chdir(settings["folder"])
     os.environ.update(settings["failpoints"])
     config = RunConfig.model_validate(settings["config"])
+    allow_task(config.task.name)  # the driver allowed it
     context = _worker_context(ray, settings["coordinator"])
     coordinator = ActorClient(ray.get_actor(settings["coordinator"], namespace=NAMESPACE))
     try:

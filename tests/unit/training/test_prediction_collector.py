@@ -9,8 +9,8 @@ from dist_ft.config.schema import TaskSection
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.encoding import answer_spans
+from dist_ft.tasks.answers import best_span
 from dist_ft.training.prediction_collector import PredictionCollector
-from dist_ft.training.predictions import best_span
 
 
 def task(name: str, *labels: str) -> TaskSection:

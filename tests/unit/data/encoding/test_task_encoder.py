@@ -241,7 +241,7 @@ def test_question_that_leaves_no_room_is_refused():
 
 
 def test_only_byte_level_words_get_a_leading_space(tokenizer):
-    from dist_ft.data.encoding.task_encoder import add_leading_spaces
+    from dist_ft.tasks.token_classification import add_leading_spaces
 
     words = [["the", "fox"], ["tea"]]
     assert add_leading_spaces(words, tokenizer.backend_tokenizer.to_str()) == [

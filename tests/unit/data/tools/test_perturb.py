@@ -9,6 +9,7 @@ import pytest
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import DataError
 from dist_ft.data.tools import perturb
+from dist_ft.tasks.base import make_task
 
 TEXT = "Seven wise owls watch the rivers run between old stones, and 12 children count it. " * 20
 
@@ -116,5 +117,6 @@ def test_term_in_two_pairs_is_refused():
     ],
 )
 def test_columns_that_hold_the_answer_do_not_change(task, row, changed):
-    changed_row = perturb.perturb_row(row, TaskSection.model_validate(task), str.upper)
+    columns = make_task(TaskSection.model_validate(task)).text_columns()
+    changed_row = perturb.perturb_row(row, columns, str.upper)
     assert {name for name in row if row[name] != changed_row[name]} == changed

@@ -15,8 +15,8 @@ from dist_ft.config.schema import ModelSection
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS, PROMPT_METHODS, TuningSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import CheckpointError
-from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files, soft_prompts, tuning
 from dist_ft.model.generation import GenerationRequest, TextGenerator
 from dist_ft.model.loading.load import load_task_model, model_from_config
@@ -33,7 +33,7 @@ def base(tmp_path_factory) -> Path:
 
 def trained(base: Path, name: str, method: str, **fields):
     """Return a tuned model whose added weights, and head, have changed."""
-    task = TaskSection(name=name, labels=("a", "b", "c") if name in heads.LABELED_TASKS else ())
+    task = TaskSection(name=name, labels=("a", "b", "c") if task_class(name).has_labels else ())
     section = TuningSection(method=method, **SMALL, **fields)
     folder = base / {"causal_lm": "llama", "seq2seq": "bart"}.get(name, "bert")
     model, new = load_task_model(task, ModelSection(path=str(folder), dtype="float32"))

@@ -12,6 +12,7 @@ from unit import small
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS, TuningSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.model import heads
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
@@ -53,7 +54,7 @@ def base(tmp_path_factory) -> Path:
 def load_base(base: Path, task: TaskSection):
     folder = base / ("bart" if task.name == "seq2seq" else "bert")
     torch.manual_seed(1)
-    labels = {"num_labels": 3} if task.name in heads.LABELED_TASKS else {}
+    labels = {"num_labels": 3} if task_class(task.name).has_labels else {}
     return heads.auto_class(task).from_pretrained(folder, **labels).eval()
 
 
