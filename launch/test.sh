@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks of this project, from a fresh machine: environment, install, format, lint, types, tests. Can be repeated.
+# All checks of this project, from a fresh machine: environment, install, format, lint, types, documentation, tests. Can be repeated.
 #   ./launch/test.sh            everything except the slow tier
 #   ./launch/test.sh --quick    lint, types and tests/unit only
 #   ./launch/test.sh ARGS...    pass ARGS to pytest
@@ -19,5 +19,7 @@ say "lint: ruff"
 ruff check .
 say "types: mypy"
 mypy
+say "documentation: mkdocs"
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 say "tests: pytest, two processes"
 exec python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder ${arguments[@]+"${arguments[@]}"}
