@@ -17,6 +17,7 @@ from dist_ft.cli import (
     data,
     export,
     failures,
+    init,
     jobs,
     k8s,
     models,
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Fully fine-tune large language models on many GPUs. Ray places the workers, DeepSpeed "
     "ZeRO shards the model.\n\n\b\nFirst steps:\n"
+    "  dist-ft init --tiny mine              make a small model, data and config to try\n"
     "  dist-ft check configs/single.yaml     find everything that is wrong with the run\n"
     "  dist-ft preview configs/single.yaml   see which tokens are targets\n"
     "  dist-ft train configs/single.yaml     train",
@@ -54,7 +56,7 @@ OwnTask = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also DIST_FT_DEBUG=1).")]
 
 COMMANDS: tuple[Callable[..., None], ...] = (
-    *(train.train, train.check, plan.plan, data.preview),
+    *(init.init, train.train, train.check, plan.plan, data.preview),
     *(models.generate, export.export, models.evaluate, models.predict, models.decode),
     *(jobs.submit, workflows.stages, workflows.tune, selftest.drill, selftest.selftest),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,7 @@ SMALL = ModelSize(128, 2, 256, 4, 64, dropout=0.1)
 
 def write_materials(store: Store, num_lanes: int) -> None:
     """Write `model/` (weights, config, tokenizer) and `data/` (instruction pairs)."""
+    # three files: a run must also read, shuffle and resume across files
     rows = instruction_pairs(ROWS_PER_LANE * num_lanes)
     write_jsonl(rows, store, "data/pairs", -(-len(rows) // 3))
     write_model(store, "model", SMALL)
@@ -69,14 +71,21 @@ def write_materials(store: Store, num_lanes: int) -> None:
 def write_texts(store: Store, num_tokens: int) -> None:
     """Write `texts/`: long plain texts of at least `num_tokens` tokens in total."""
     rng = random.Random(1)
-    rows = [{"text": " ".join(rng.choices(WORDS, k=1000))} for _ in range(-(-num_tokens // 1000))]
+    rows = []
+    for _ in range(-(-num_tokens // 1000)):
+        # each word is at least one token
+        rows.append({"text": " ".join(rng.choices(WORDS, k=1000))})
     write_jsonl(rows, store, "texts/text", -(-len(rows) // 4))
 
 
-def write_model(store: Store, name: str, size: ModelSize) -> None:
-    """Write a model with random weights, with config and tokenizer, as `name/` into `store`."""
+def write_model(store: Store, name: str, size: ModelSize, texts: Sequence[str] = (TEXT,)) -> None:
+    """Write a model with random weights, with config and tokenizer, as `name/` into `store`.
+
+    The tokenizer is trained on `texts`.
+    """
+    # transformers writes local folders only, and `store` may be a bucket
     with tempfile.TemporaryDirectory(prefix="dist_ft-drill-") as folder:
-        _write_tokenizer_and_weights(Path(folder), size)
+        _write_tokenizer_and_weights(Path(folder), size, texts)
         for path in sorted(Path(folder).iterdir()):
             store.write(f"{name}/{path.name}", path.read_bytes())
 
@@ -84,17 +93,19 @@ def write_model(store: Store, name: str, size: ModelSize) -> None:
 def instruction_pairs(count: int) -> list[dict[str, str]]:
     """Return `count` instruction pairs of unequal lengths."""
     rng = random.Random(0)
-    return [
-        {
-            "prompt": f"say {' '.join(rng.choices(WORDS, k=rng.randint(1, 8)))}",
-            "response": " ".join(rng.choices(WORDS, k=rng.randint(4, 40))),
-        }
-        for _ in range(count)
-    ]
+    rows = []
+    for _ in range(count):
+        # in this order: the generator's state makes the rows bit-equal each time
+        prompt_words = rng.choices(WORDS, k=rng.randint(1, 8))
+        response_words = rng.choices(WORDS, k=rng.randint(4, 40))
+        rows.append(
+            {"prompt": f"say {' '.join(prompt_words)}", "response": " ".join(response_words)}
+        )
+    return rows
 
 
-def _write_tokenizer_and_weights(folder: Path, size: ModelSize) -> None:
-    """Write a Llama with random weights, and a tokenizer of bytes and common words."""
+def _write_tokenizer_and_weights(folder: Path, size: ModelSize, texts: Sequence[str]) -> None:
+    """Write a Llama with random weights, and a tokenizer of bytes and the words of `texts`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -104,7 +115,7 @@ def _write_tokenizer_and_weights(folder: Path, size: ModelSize) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        [TEXT] * 4,
+        [*texts] * 4,
         trainers.BpeTrainer(
             vocab_size=400,
             special_tokens=["<|end|>"],
@@ -112,6 +123,7 @@ def _write_tokenizer_and_weights(folder: Path, size: ModelSize) -> None:
             show_progress=False,
         ),
     )
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )

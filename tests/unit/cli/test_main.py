@@ -16,6 +16,7 @@ from dist_ft.cli import main as cli_main
 from dist_ft.core.errors import StorageError
 
 COMMANDS = {
+    "init": {"folder", "--tiny"},
     "train": {"config", "overrides", "--skip-check"},
     "check": {"config", "overrides"},
     "plan": {"config", "overrides", "--gpu", "--gpus", "--model-config", "--json"},
