@@ -26,6 +26,8 @@ def commands(register: Callable[..., Any]) -> None:
     """Pass every command to `register`, which takes (function) or (function, name)."""
     for command in (inspect, split, pseudo, preview, pack_stats, write, verify):
         register(command)
+
+    # `import` is a keyword of Python, so the function has another name.
     register(import_, "import")
 
 
@@ -87,7 +89,10 @@ def import_(
             [f"KIND={kind}: unknown format. Allowed: {', '.join(IMPORTERS)}. Use one of these."],
             "data import",
         )
+
     quiet_third_parties()
+
+    # All rows before the first is written: a mistake in the last file leaves no half of a data set.
     rows = list(IMPORTERS[kind](paths, encoding, part))
     _write_rows(rows, out)
     typer.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
@@ -132,6 +137,7 @@ def split(
 
     quiet_third_parties()
     shares = _parse_shares(share or ("train=0.9", "held-out=0.1"))
+
     if by is not None and group is not None:
         raise ConfigError(
             [
@@ -143,16 +149,20 @@ def split(
     if per_label and by is None:
         raise ConfigError([f"--per-label={per_label}: needs a column. Set --by."], "data split")
 
+    # Rows that cannot be decoded come as errors, for commands that count them. A split without them
+    # would silently be a split of other data.
     rows: list[Any] = []
     for row in _read_rows(paths):
         if isinstance(row, DataError):
             raise row
         rows.append(row)
 
+    # Sampled after the split, so that the held-out rows are the same for any number per label.
     splits = splitting.split_rows(rows, shares, seed, by, group)
     if per_label:
         first = next(iter(splits))
         splits[first] = splitting.sample_per_label(splits[first], per_label, seed, by or "")
+
     for name, members in splits.items():
         path = f"{out.rstrip('/')}/{name}.jsonl"
         _write_rows(members, path)
@@ -193,15 +203,18 @@ def pseudo(
     from dist_ft.inference.pseudo_labels import describe, pseudo_label
 
     quiet_third_parties()
-    rows = _read_rows(paths)  # a wrong path is found before the model is loaded
+    # Before the model is loaded, which takes a while: a wrong path is found at once.
+    rows = _read_rows(paths)
     predictor = Predictor(model, PredictionOptions(batch_size=batch))
     result = pseudo_label(predictor, rows, confidence, max_per_label)
+
     if not result.rows:
         raise DataError(
             f"--confidence={confidence}: the model is not that confident about any of "
             f"{result.num_unsure:,} rows ({result.num_labeled:,} more had a label). "
             "Lower it, or train the model longer."
         )
+
     _write_rows(result.rows, out)
     typer.echo(describe(result, out))
 
@@ -228,11 +241,14 @@ def preview(
     from dist_ft.core.logs import quiet_third_parties
 
     quiet_third_parties()
+
+    # Colors in a file or a pipe would be control characters; [[ ]] can be searched for.
     on_terminal = sys.stdout.isatty()
     text = api.preview(load_config(config, overrides or ()), samples, markup=on_terminal)
     if on_terminal:
         from rich.console import Console
 
+        # Without rich's own highlighting, which would color numbers like targets.
         Console(highlight=False).print(text)
     else:
         typer.echo(text)
@@ -292,6 +308,7 @@ def write(
             [f"--format={format}: unknown format. Allowed: parquet, jsonl. Use one of these."],
             "data write",
         )
+
     quiet_third_parties()
     written = api.write_data(load_config(config, overrides or ()), out, format, shard_mib, tokenize)
     typer.echo(
@@ -318,9 +335,12 @@ def verify(run: Run, overrides: Overrides = None) -> None:
 
     url = run_url(run, overrides)
     audit = ledger_audit.audit(url)
+
     typer.echo(redact(ledger_audit.describe(audit)))
     if not audit.is_sound:
         raise typer.Exit(1)
+
+    # Last, as it lists all of the data: the ledger only proves something if its data is unchanged.
     typer.echo(f"shards unchanged since the run started: all {ledger_audit.verify_shards(url)}")
 
 
@@ -350,6 +370,7 @@ def _read_rows(paths: Sequence[str]) -> Iterator[Row | DataError]:
     from dist_ft.data.sources import readers
     from dist_ft.data.sources.discovery import discover_shards
 
+    # Not a generator function: its body, and so a wrong path, would wait for the first row.
     found = discover_shards([Source(path=path) for path in paths], "PATH")
     return (row for shards in found for shard in shards for row in readers.iter_rows(shard))
 
@@ -357,9 +378,9 @@ def _read_rows(paths: Sequence[str]) -> Iterator[Row | DataError]:
 def _write_rows(rows: list[Any], out: str) -> None:
     from dist_ft.core.errors import DataError
     from dist_ft.data.tools.write import encode_jsonl
-    from dist_ft.storage.filesystem import Store
+    from dist_ft.storage.single_files import write_file
 
     if not rows:
         raise DataError(f"{out}: no rows to write. At least one is needed. Check the source.")
-    folder, _, name = out.rpartition("/")
-    Store(folder or ".").write(name, encode_jsonl(rows))
+
+    write_file(out, encode_jsonl(rows))

@@ -16,10 +16,11 @@ import yaml
 
 from dist_ft.core.errors import ConfigError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.storage.filesystem import Store, is_local, local_path
+from dist_ft.storage.filesystem import is_local, local_path
+from dist_ft.storage.single_files import read_file
 
+# YAML 1.1, which PyYAML reads, takes 1e-5 for a text: its floats need a dot and a signed exponent.
 _FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-
 
 _FORM = "A config has `section:` lines with indented `field: value` lines below."
 
@@ -35,17 +36,20 @@ class _Loader(yaml.SafeLoader):
         """Construct a mapping and record duplicate keys."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
+            name = str(key.value)
+            line = key.start_mark.line + 1  # marks count from 0
             if name in lines:
                 self.problems.append(
                     f"line {line}: duplicate key {name!r} (first in line {lines[name]}). Each key "
                     "is allowed once. Remove one."
                 )
-            elif name != "<<":
+            elif name != "<<":  # merges an anchor; allowed once for each anchor
                 lines[name] = line
+
         return super().construct_mapping(node, deep)
 
 
+# The characters are those that such a number can start with: PyYAML looks resolvers up by them.
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
@@ -82,6 +86,8 @@ def read_document(source: str) -> Document:
     """
     name = name_of(source)
     text = source if is_document(source) else _read_text(source)
+
+    # A file of thousands of nested brackets exhausts the parser's stack.
     try:
         value, problems = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -89,6 +95,8 @@ def read_document(source: str) -> Document:
             [f"{where(error)}not valid YAML: {reason(error)}. {_FORM} Correct it."],
             name,
         ) from error
+
+    # An empty file: each required field gets its own line later.
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
@@ -96,6 +104,7 @@ def read_document(source: str) -> Document:
             [f"is {_kind(value)}, not a mapping. {_FORM} See configs/ for complete ones."],
             name,
         )
+
     return Document(dict(value), problems)
 
 
@@ -113,8 +122,8 @@ def _read_text(source: str) -> str:
     name = redact(source)
     try:
         if not is_local(source):
-            folder, _, file = source.rpartition("/")
-            return Store(folder).read(file).decode()
+            return read_file(source).decode()
+
         with open(local_path(source), encoding="utf-8") as handle:
             return handle.read()
     except FileNotFoundError as error:
@@ -140,8 +149,10 @@ def apply_overrides(
 
     Values are YAML; those of text fields (`is_text(path)`) are taken literally unless quoted.
     """
+    # A copy: `Search` applies the overrides of each trial to the same mapping.
     result = _copy(mapping)
     problems = []
+
     for override in overrides:
         path, equals, text = override.partition("=")
         path = path.strip()
@@ -151,6 +162,7 @@ def apply_overrides(
                 "example, schedule.steps=100."
             )
             continue
+
         try:
             value = _override_value(text, is_text(path))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -159,21 +171,29 @@ def apply_overrides(
                 f"Correct it, or quote a text: '{path}=\"...\"'"
             )
             continue
+
         problem = _set(result, path, value)
-        problems.extend([problem] if problem else [])
+        if problem:
+            problems.append(problem)
+
     return Document(result, problems)
 
 
 def _override_value(text: str, is_text: bool) -> Any:
+    # A prompt template such as "Q: {prompt} =" is no YAML, and need not be.
     try:
-        value, twice = parse_yaml(text)
+        value, duplicates = parse_yaml(text)
     except yaml.YAMLError:
         if is_text:
             return text
         raise
-    if twice:
-        raise ValueError(twice[0])
-    return text if is_text and value is not None and not isinstance(value, str) else value
+    if duplicates:
+        raise ValueError(duplicates[0])
+
+    # run.name=2024 is a text, though YAML reads a number; null still means the default.
+    if is_text and value is not None and not isinstance(value, str):
+        return text
+    return value
 
 
 def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
@@ -181,8 +201,10 @@ def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
     *parents, last = path.split(".")
     section = mapping
     for depth, key in enumerate(parents):
+        # An override may add a section that the file lacks, or has empty.
         if section.get(key) is None:
             section[key] = {}
+
         if not isinstance(section[key], dict):
             parent = ".".join(parents[: depth + 1])
             return (
@@ -190,6 +212,7 @@ def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
                 f"Override {parent} as a whole."
             )
         section = section[key]
+
     section[last] = value
     return None
 
@@ -198,6 +221,7 @@ def with_field(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> d
     """Return a nested mapping with the field at `path` set; values in the way are replaced."""
     if len(path) == 1:
         return {**mapping, path[0]: value}
+
     section = mapping.get(path[0])
     if not isinstance(section, Mapping):
         section = {}
@@ -206,11 +230,9 @@ def with_field(mapping: Mapping[str, Any], path: Sequence[str], value: Any) -> d
 
 def _copy(value: Any) -> Any:
     """Copy nested mappings, with keys as text; other values are shared."""
-    return (
-        {str(key): _copy(item) for key, item in value.items()}
-        if isinstance(value, Mapping)
-        else value
-    )
+    if not isinstance(value, Mapping):
+        return value
+    return {str(key): _copy(item) for key, item in value.items()}
 
 
 def _kind(value: Any) -> str:
@@ -227,5 +249,8 @@ def reason(error: Exception) -> str:
     """Return the relevant part of a YAML error's text."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
+
+    # `problem` is the reason alone; the text of a YAML error quotes lines of the file, which may
+    # hold a credential.
     words = getattr(error, "problem", None) or str(error).splitlines()[0]
     return redact(str(words))

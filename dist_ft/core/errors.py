@@ -8,6 +8,7 @@ line, and knows whether a restart could help (`retryable`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 PLANNED = "planned: "
 """Prefix of the reason why an attempt ended, if nothing failed."""
@@ -35,11 +36,17 @@ class ConfigError(DistFtError):
     def __init__(self, problems: Sequence[str], source: str = "config") -> None:
         self.problems = tuple(problems)
         self.source = source
-        count = len(self.problems)
-        head = f"{source}: {count} problem{'s' if count != 1 else ''}"
-        super().__init__("\n".join([head, *(f"  - {problem}" for problem in self.problems)]))
+
+        noun = "problems"
+        if len(self.problems) == 1:
+            noun = "problem"
+
+        lines = [f"{source}: {len(self.problems)} {noun}"]
+        lines.extend(f"  - {problem}" for problem in self.problems)
+        super().__init__("\n".join(lines))
 
     def __reduce__(self):
+        # By default an exception is rebuilt from its text, which is not what __init__ takes.
         return (ConfigError, (self.problems, self.source))
 
 
@@ -81,6 +88,35 @@ class Interrupted(DistFtError):
     exit_code = 130
 
 
+class SentError(NamedTuple):
+    """An error as another process can read it (JSON).
+
+    Attributes:
+        type_name: name of its class.
+        lines: its text; of a `ConfigError` each problem.
+    """
+
+    type_name: str
+    lines: list[str]
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> SentError:
+        """Return an error as it is sent."""
+        lines = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
+        return cls(type(error).__name__, lines)
+
+    def restore(self, otherwise: type[DistFtError]) -> DistFtError:
+        """Return the error as its own type; as `otherwise` if that is none of this module."""
+        if self.type_name == ConfigError.__name__:
+            return ConfigError(self.lines)
+
+        # Errors of other modules, such as those of storage, are not found by their name alone.
+        error_type = globals().get(self.type_name)
+        if not (isinstance(error_type, type) and issubclass(error_type, DistFtError)):
+            error_type = otherwise
+        return error_type("\n".join(self.lines))
+
+
 _NO_GPU_MEMORY = ("CUDA out of memory", "OutOfMemoryError")
 _NO_HOST_MEMORY = ("DefaultCPUAllocator: can't allocate memory",)
 _PEER_GONE = (
@@ -96,6 +132,7 @@ def explain_library_error(error: BaseException) -> WorkerError | None:
     for cause in _causes(error):
         text = str(cause)
 
+        # Compared by name, so that commands that need no torch do not import it.
         if type(cause).__name__ == "OutOfMemoryError" or _NO_GPU_MEMORY[0] in text:
             return WorkerError(
                 f"out of GPU memory ({_matching_line(cause, _NO_GPU_MEMORY)}). Lower "
@@ -110,12 +147,15 @@ def explain_library_error(error: BaseException) -> WorkerError | None:
                 "remove zero.offload_optimizer and zero.offload_param."
             )
 
+        # Only RuntimeError, which gloo and NCCL raise: an OSError with one of these texts comes
+        # from storage or another server.
         peer_gone = any(pattern in text for pattern in _PEER_GONE)
         if isinstance(cause, RuntimeError) and peer_gone:
             return WorkerError(
                 f"another worker ended ({_matching_line(cause, _PEER_GONE)}). Look for the cause "
                 "in the log of that worker (torchrun names the rank that failed first)."
             )
+
     return None
 
 
@@ -132,7 +172,10 @@ def _matching_line(error: BaseException, patterns: Sequence[str]) -> str:
     An error without text gives the name of its type.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
+
+    # NCCL, for one, names the error on its second line, after a place in its source code.
     for line in lines:
         if any(pattern in line for pattern in patterns):
             return line.strip()[:MAX_LINE]
+
     return lines[0].strip()[:MAX_LINE]

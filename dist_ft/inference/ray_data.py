@@ -15,8 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
-from dist_ft.core import errors
-from dist_ft.core.errors import DistFtError, WorkerError
+from dist_ft.core.errors import DistFtError, SentError, WorkerError
 from dist_ft.core.logs import quiet_third_parties, redact
 from dist_ft.inference import prediction_shards
 from dist_ft.inference.model_folder import PredictionOptions
@@ -58,15 +57,20 @@ class PredictionActor:
         results = TaskResults(rows=[], error=[])
         for text in batch["task"].tolist():
             num_rows, message = 0, ""
+
+            # The constructor's error is raised here, because only errors of tasks are returned as
+            # values: Ray would wrap one that leaves the constructor.
             try:
                 if self._error is not None:
                     raise self._error
                 task = ShardTask.from_json(text)
                 num_rows = prediction_shards.write_shard(self._predictor, self._store, task)
             except DistFtError as error:
-                message = json.dumps([type(error).__name__, str(error)])
+                message = json.dumps(SentError.from_error(error))
+
             results["rows"].append(num_rows)
             results["error"].append(message)
+
         return results
 
 
@@ -83,6 +87,13 @@ def predict(
         context = data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
+
+        num_gpus = 0
+        if ray.cluster_resources().get("GPU"):
+            num_gpus = 1
+
+        # One task in a block and in a batch: a free actor takes the next shard, and a result
+        # arrives as soon as its shard is written.
         rows = [{"task": task.to_json()} for task in tasks]
         results = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             PredictionActor,
@@ -90,14 +101,16 @@ def predict(
             fn_constructor_args=(model, out, options),
             compute=data.ActorPoolStrategy(size=min(workers, len(tasks))),
             num_cpus=1,
-            num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
+            num_gpus=num_gpus,
         )
+
         try:
             for row in results.iter_rows():
                 if row["error"]:
-                    raise _restore_error(*json.loads(row["error"]))
+                    raise SentError(*json.loads(row["error"])).restore(WorkerError)
                 yield int(row["rows"])
         except ray.exceptions.RayError as error:
+            # The last line names the cause; those before it are the stack of a worker.
             summary = str(error).strip().splitlines()[-1][:200]
             raise WorkerError(
                 redact(
@@ -107,31 +120,28 @@ def predict(
             ) from error
 
 
-def _restore_error(type_name: str, message: str) -> DistFtError:
-    """Return the error a worker reported, as its own type if that takes a message."""
-    error_type = getattr(errors, type_name, WorkerError)
-    try:
-        return error_type(message)
-    except TypeError:
-        return WorkerError(message)
-
-
 @contextlib.contextmanager
 def _connected(workers: int) -> Iterator[Any]:
     """Connect to the cluster of RAY_ADDRESS, or start one for the time of this context."""
+    # Ray reads these when it is imported. The first leaves CUDA_VISIBLE_DEVICES alone in tasks
+    # without a GPU, and Ray does not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
+    # A caller's own connection is used, and left open for it.
     if ray.is_initialized():
         yield ray
         return
+
     address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             ray.init(address=address, **common)
         else:
+            # "local" starts a cluster: by default Ray would join one that it finds on this machine,
+            # or fail on the files of one that is gone.
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -145,6 +155,7 @@ def _connected(workers: int) -> Iterator[Any]:
             "A cluster with this Ray version must run there. Check the address, or unset it to "
             "start an own cluster."
         ) from error
+
     try:
         yield ray
     finally:

@@ -9,7 +9,8 @@ tokens, and words with a tag other than O, stay. A tag moves with its word; the 
 text stays with the text. A sample that would exceed a sequence stays unchanged. Held-out data are
 never augmented, and the ledger records samples as they were read.
 
-N is the number of segments of a batch, L the sum of their tokens, V the size of the vocabulary.
+N is the number of segments of a batch, L the sum of their tokens, V the size of the vocabulary; T
+is the number of tokens of one text, n the number of its words.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from dist_ft.core.seeds import derive_seed, random_uint64, to_unit_interval
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.data_task import data_task
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
-from dist_ft.storage.filesystem import Store
+from dist_ft.storage.single_files import read_file
 
 SALT = 0x617567
-"""Separates these draws from other draws of the same sample."""
+"""Separates these draws from other draws of the same sample ("aug" in ASCII)."""
 OUTSIDE_TAG = "O"
 
 Synonyms = Mapping[tuple[int, ...], Sequence[np.ndarray]]
@@ -108,15 +109,18 @@ class Augmentation:
         """Return the augmentation of a run; `synonyms` is the text of `section.synonyms`."""
         mark, is_start = find_word_mark(tokenizer)
         names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        # the name is None for an id that a vocabulary with gaps does not use
         starts_word = np.array([(name or "").startswith(mark) == is_start for name in names])
+
         is_fixed = np.zeros(len(tokenizer), bool)
         is_fixed[[*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()]] = True
 
         outside_label = None
         if data_task(task).has_label_per_word:
-            outside_label = -1
+            outside_label = -1  # equals no label, so that no word may change
             if OUTSIDE_TAG in task.labels:
                 outside_label = task.labels.index(OUTSIDE_TAG)
+
         return cls(
             section=section,
             starts_word=starts_word,
@@ -141,6 +145,7 @@ class Augmentation:
         start = 0
         for sample, first, size, epoch in segments.tolist():
             own = Word(tokens[start : start + size], labels[start : start + size])
+            # `first` too: the segments of a long sample must not repeat the same draws
             seed = derive_seed(self.seed, SALT, epoch, sample, first)
             augmented.append(self._augment(own, seed))
             start += size
@@ -153,8 +158,10 @@ class Augmentation:
 
     def _augment(self, text: Word, seed: int) -> Word:
         """Return a text as one epoch sees it."""
-        word_starts = np.flatnonzero(self._is_word_start(text))
-        # one draw for the text and five for each of its n words
+        word_starts = np.flatnonzero(self._is_word_start(text))  # (n,)
+
+        # One draw for the text and five for each of its words. All are drawn at once, so a draw
+        # does not depend on which words the earlier ones changed.
         chance = to_unit_interval(random_uint64(seed, 1 + 5 * len(word_starts)))
         if chance[0] >= self.section.probability or not len(word_starts):
             return text
@@ -163,7 +170,8 @@ class Augmentation:
         word_labels = np.split(text.labels, word_starts[1:])
         words = [Word(*both) for both in zip(word_tokens, word_labels, strict=True)]
 
-        is_fixed = np.array([self.is_fixed[word.tokens[0]] for word in words])
+        # a fixed token is a word of its own, so the first token decides
+        is_fixed = np.array([self.is_fixed[word.tokens[0]] for word in words])  # (n,)
         may_change = ~is_fixed
         text_labels = None
         if self.outside_label is None:
@@ -179,9 +187,10 @@ class Augmentation:
         labels = np.concatenate([word.labels for word in words])
         if len(tokens) > self.max_length:
             return text
+
         if text_labels is not None:
             if len(tokens) < len(text_labels):
-                return text
+                return text  # too few positions for the labels
             # the first positions carry the labels of the text, whatever their tokens
             labels[:] = IGNORE_INDEX
             labels[: len(text_labels)] = text_labels
@@ -189,11 +198,14 @@ class Augmentation:
 
     def _is_word_start(self, text: Word) -> np.ndarray:
         """Return where words start, bool (T,); tokens before the first start form a word."""
-        is_fixed = self.is_fixed[text.tokens]
+        is_fixed = self.is_fixed[text.tokens]  # (T,)
         if self.outside_label is None:
             is_start = is_fixed | self.starts_word[text.tokens]
         else:
+            # tags are on the first token of each word
             is_start = is_fixed | (text.labels != IGNORE_INDEX)
+
+        # after a fixed token comes another word, whether its token has the mark or not
         is_start[1:] |= is_fixed[:-1]
         is_start[:1] = True
         return is_start
@@ -214,7 +226,7 @@ class Augmentation:
             chance: (5, n) draws from [0, 1): whether to replace, by which synonym; whether to swap,
                 with which word; whether to delete.
         """
-        replace, synonym, swap, partner, delete = chance
+        replace, synonym, swap, partner, delete = chance  # (n,) each
         places = np.flatnonzero(may_change)
 
         for i in places[replace[places] < self.section.replace]:
@@ -227,10 +239,12 @@ class Augmentation:
             j = same_text[int(partner[i] * len(same_text))]
             words[i], words[j] = words[j], words[i]
 
+        # Deletions come last: until then a word's index is also that of its draws.
         deleted = places[delete[places] < self.section.delete]
         if len(deleted) == len(places) and len(deleted):
             # keep the word with the largest draw, so that some text is left
             deleted = np.delete(deleted, delete[deleted].argmax())
+        # from the end, so that the indices before stay valid
         for i in deleted[::-1]:
             del words[i]
 
@@ -252,11 +266,15 @@ def find_word_mark(tokenizer: Any) -> WordMark:
     if backend["model"].get("type") == "WordPiece":
         return WordMark(backend["model"]["continuing_subword_prefix"], is_start=False)
 
+    # Both may be nested sequences, so their names are looked up in the JSON. Some SentencePiece
+    # conversions have no Metaspace, but a normalizer that replaces blanks by its mark.
     settings = json.dumps([backend.get("pre_tokenizer"), backend.get("normalizer")])
     for name, mark in (("ByteLevel", "Ġ"), ("Metaspace", "▁"), ("▁", "▁")):
+        # json.dumps writes "▁" as an escape sequence
         escaped_name = json.dumps(name)[1:-1]
         if name in settings or escaped_name in settings:
             return WordMark(mark, is_start=True)
+
     raise ModelError(
         f"data.augment: the tokens of model.tokenizer={tokenizer_name(tokenizer)} do not mark where"
         " words start. WordPiece, byte-level and SentencePiece tokenizers are supported. Remove "
@@ -273,7 +291,10 @@ def parse_synonyms(text: str, tokenizer: Any, path: str) -> Synonyms:
         DataError: a line has another form.
     """
     backend = exact_backend(tokenizer)
-    prefixes = ("", " ") if find_word_mark(tokenizer).is_start else ("",)
+    prefixes: tuple[str, ...] = ("",)
+    if find_word_mark(tokenizer).is_start:
+        # the mark stands for a blank, so a word has other tokens after one
+        prefixes = ("", " ")
     synonyms: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     for number, line in enumerate(text.splitlines(), 1):
@@ -290,9 +311,12 @@ def parse_synonyms(text: str, tokenizer: Any, path: str) -> Synonyms:
         for prefix in prefixes:
             texts = [prefix + text for text in (word.strip(), *replacements)]
             encodings = backend.encode_batch(texts, add_special_tokens=False)
-            word_ids, *replacement_ids = [encoding.ids for encoding in encodings]
-            own = synonyms.setdefault(tuple(word_ids), [])
-            for ids in replacement_ids:
+            word_encoding, *replacement_encodings = encodings
+
+            own = synonyms.setdefault(tuple(word_encoding.ids), [])
+            for encoding in replacement_encodings:
+                ids = encoding.ids
+                # an unknown token would lose the word
                 if ids and tokenizer.unk_token_id not in ids:
                     own.append(np.array(ids, np.int32))
     return synonyms
@@ -304,10 +328,8 @@ def read_synonym_file(path: str) -> str:
     Raises:
         DataError: it does not exist, or is not UTF-8.
     """
-    folder, slash, name = path.rpartition("/")
-    store = Store((folder or slash) if slash else ".")
     try:
-        return store.read(name).decode("utf-8-sig")
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _synonym_file_error(path, "is not UTF-8") from error
     except (FileNotFoundError, StorageError) as error:

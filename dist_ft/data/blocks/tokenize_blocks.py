@@ -2,8 +2,10 @@
 
 As a program: the first line of standard input is a JSON `EncoderSetup`; each further line is a JSON
 `BlockTask` (blocks of one pass over their shards). Each task is answered by one line: {} when the
-blocks are in the cache, or {"error": [type, message]}. The program ends with its input, so it never
+blocks are in the cache, or {"error": `SentError`}. The program ends with its input, so it never
 outlives its parent.
+
+Arrays are those of `EncodedRows`: one dimension, of all tokens or of all rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 from dist_ft.config import renames
 from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.config.task_facts import allow_task
-from dist_ft.core.errors import DataError, DistFtError, ModelError
+from dist_ft.core.errors import DataError, DistFtError, ModelError, SentError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.token_cache import compute_fingerprint, write_block
@@ -71,9 +73,9 @@ class BlockTask(TypedDict):
 
 
 class TaskResult(TypedDict, total=False):
-    """A process's answer to a task; `error` is [type, message] and absent on success."""
+    """A process's answer to a task; `error` is absent on success."""
 
-    error: list[str]
+    error: SentError
 
 
 def iter_encoded_blocks(
@@ -88,9 +90,13 @@ def iter_encoded_blocks(
         DataError: a shard vanished or changed, or a row cannot be used (with data.bad_rows=error).
         StorageError: storage does not respond.
     """
-    numbered_ranges = [
-        (number, shard_range) for number, block in enumerate(blocks) for shard_range in block.ranges
-    ]
+    numbered_ranges: list[tuple[int, ShardRange]] = []
+    for number, block in enumerate(blocks):
+        for shard_range in block.ranges:
+            numbered_ranges.append((number, shard_range))
+
+    # A block may span shards and a shard may span blocks, so a block is complete when none of its
+    # ranges is left, not when a shard ends.
     num_ranges_left = [len(block.ranges) for block in blocks]
     encoded: list[EncodedRows] = []  # of the current block
 
@@ -102,8 +108,11 @@ def iter_encoded_blocks(
         for (number, shard_range), (_, rows) in zip(own_ranges, all_rows, strict=True):
             encoded.append(_encode(encoder, shard, shard_range, rows))
             num_ranges_left[number] -= 1
+
+            # after reading: a change before or while the rows were read is noticed
             if check:
                 require_unchanged(shard)
+
             if not num_ranges_left[number]:
                 yield _join(encoded, shard)
                 encoded = []
@@ -117,7 +126,8 @@ def _encode(encoder: Encoder, shard: Shard, shard_range: ShardRange, rows: Any) 
     """
     is_by_bytes = shard.kind == "jsonl" and not shard.codec and not lines.is_json_file(shard)
     if not is_by_bytes or shard_range.start == 0:
-        return encoder.encode(rows, shard.url, 1 if is_by_bytes else shard_range.start + 1)
+        # `start` is a row number, or byte 0, which is where row 0 starts
+        return encoder.encode(rows, shard.url, shard_range.start + 1)
 
     try:
         encoded = encoder.encode(rows, shard.url)
@@ -125,6 +135,8 @@ def _encode(encoder: Encoder, shard: Shard, shard_range: ShardRange, rows: Any) 
             return encoded
     except DataError:
         pass
+
+    # the second attempt fails or skips the same rows, now with their numbers
     first_row = 1 + lines.count_rows_before(shard, shard_range.start)
     return encoder.encode(rows, shard.url, first_row)
 
@@ -142,15 +154,26 @@ def _join(encoded: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
         )
 
     offsets = [np.zeros(1, dtype=np.int64)]
+    rows_per_range: list[int] = []
+    bad_rows: list[str] = []
     for rows in encoded:
+        # the offsets of each range start at 0: continue where those before it end
         offsets.append(rows.offsets[1:] + offsets[-1][-1])
+        rows_per_range += rows.rows_per_range
+        bad_rows += rows.bad_rows
+
+    # ranges without rows have no format
+    row_format = ""
+    if formats:
+        row_format = formats[0]
+
     return EncodedRows(
         tokens=np.concatenate([rows.tokens for rows in encoded]),
         targets=np.concatenate([rows.targets for rows in encoded]),
         offsets=np.concatenate(offsets),
-        format=formats[0] if formats else "",
-        rows_per_range=tuple(count for rows in encoded for count in rows.rows_per_range),
-        bad_rows=tuple(problem for rows in encoded for problem in rows.bad_rows),
+        format=row_format,
+        rows_per_range=tuple(rows_per_range),
+        bad_rows=tuple(bad_rows),
     )
 
 
@@ -158,7 +181,9 @@ def create_task(
     blocks: Sequence[Block], shards: Sequence[Shard], paths: Sequence[Path], check: bool
 ) -> BlockTask:
     """Return the task to write `blocks` to the cache files `paths`."""
+    # A data set may have many thousands of shards: send only those that the blocks need.
     shard_numbers = sorted({part.shard for block in blocks for part in block.ranges})
+
     return BlockTask(
         blocks=[asdict(block) for block in blocks],
         paths=[str(path) for path in paths],
@@ -169,12 +194,15 @@ def create_task(
 
 def run_task(encoder: Encoder, task: BlockTask, limit_bytes: float) -> None:
     """Write the blocks of a task to the cache."""
+    # from another process, the numbers arrive as strings: keys of JSON are
     shards = {int(number): Shard(**values) for number, values in task["shards"].items()}
+
     blocks = []
     for values in task["blocks"]:
         ranges = tuple(ShardRange(**shard_range) for shard_range in values["ranges"])
         blocks.append(Block(values["source"], ranges))
 
+    # one block at a time is in memory: each is written before the next is read
     encoded_blocks = iter_encoded_blocks(encoder, blocks, shards, task["check"])
     for path, encoded in zip(task["paths"], encoded_blocks, strict=True):
         write_block(Path(path), encoded, limit_bytes)
@@ -188,6 +216,8 @@ def main() -> None:
     # What libraries print must not be read as an answer, so it goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+
+    # training on the same cores comes first
     os.nice(5)
 
     setup: EncoderSetup = json.loads(sys.stdin.readline())
@@ -195,12 +225,14 @@ def main() -> None:
     for line in sys.stdin:
         result: TaskResult = {}
         try:
+            # created here, so that an error of the setup is the answer to the first task
             encoder = encoder or load_encoder(setup)
             run_task(encoder, json.loads(line), setup["limit_bytes"])
         except DistFtError as error:
-            result = {"error": [type(error).__name__, str(error)]}
+            result = {"error": SentError.from_error(error)}
         except OSError as error:
-            result = {"error": ["OSError", str(error)]}
+            result = {"error": SentError("OSError", [str(error)])}
+
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 
@@ -237,10 +269,12 @@ def load_encoder(setup: EncoderSetup) -> Encoder:
     from dist_ft.core import logs
     from dist_ft.storage import filesystem
 
+    # this process shares nothing with its parent but the environment
     logs.setup_logging(level="warning")
     filesystem.configure(setup["options"])
     data = DataSection.model_validate(setup["data"])
     tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
+
     recipe = setup["recipe"]
     # The recipe has the field names of 0.1.0, as runs store a hash of it.
     task = TaskSection.model_validate(renames.RUN.migrate(recipe.get("task") or {}, "task"))
@@ -250,6 +284,8 @@ def load_encoder(setup: EncoderSetup) -> Encoder:
     )
     encoder = make_encoder(tokenizer, data, task, recipe.get("sequence_length", 0), prompting)
 
+    # Some tokenizers lose a setting when they are saved. The cache files have the name that the
+    # parent's fingerprint gives them, so other tokens would be taken for the parent's.
     if compute_fingerprint(encoder) != setup["fingerprint"]:
         raise ModelError(
             "model.tokenizer: it becomes another tokenizer when it is saved and loaded. Tokenizer "

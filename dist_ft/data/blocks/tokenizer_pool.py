@@ -14,8 +14,7 @@ from queue import LifoQueue
 from threading import Lock
 from typing import Any
 
-from dist_ft.core import errors
-from dist_ft.core.errors import DataError, DistFtError, StorageError
+from dist_ft.core.errors import DataError, SentError, StorageError
 from dist_ft.data.blocks.tokenize_blocks import BlockTask, TaskResult, describe_encoder
 from dist_ft.data.encoding.chat import Encoder
 
@@ -40,10 +39,13 @@ class TokenizerPool:
         self._encoder = encoder
         self._limit_bytes = limit_bytes
         self._options = dict(options)
-        # None stands for a process that is not started yet
+
+        # None stands for a process that is not started yet. Last in, first out: a process that runs
+        # already is used before another is started.
         self._idle: LifoQueue[subprocess.Popen[str] | None] = LifoQueue()
         for _ in range(size):
             self._idle.put(None)
+
         self._folder: str | None = None
         self._started: list[subprocess.Popen[str]] = []
         self._closed = False
@@ -59,6 +61,7 @@ class TokenizerPool:
                 memory) or the pool was closed.
             OSError: raised in the process.
         """
+        # waits while all processes have a task
         process = self._idle.get()
         result = None
         try:
@@ -68,8 +71,11 @@ class TokenizerPool:
                 result = self._send(process, json.dumps(task))
                 if result is not None:
                     break
+
+                # Died while it had the task: reap it, so that the next attempt starts another.
                 process.wait()
         finally:
+            # a dead one too: its place in the pool must not be lost
             self._idle.put(process)
 
         if result is None:
@@ -79,20 +85,25 @@ class TokenizerPool:
                 f"{process.returncode}). It may need more memory. Lower data.block_mib, or set "
                 "data.tokenizer_processes=0 to see its error."
             )
+
         if "error" in result:
-            raise _restore_error(*result["error"])
+            raise _restore_error(SentError(*result["error"]))
 
     def close(self) -> None:
         """End the processes without waiting for their tasks.
 
         `run` raises from now on, and no process is started.
         """
+        # Under the lock of `_start`: no process can be started after those here were ended.
         with self._lock:
             self._closed = True
+
+            # A kill loses nothing: cache files are written whole or not at all.
             for process in self._started:
                 process.kill()
             for process in self._started:
                 process.wait()
+
             if self._folder:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -108,23 +119,31 @@ class TokenizerPool:
                     "data: the tokenizer processes were stopped while blocks were requested. A run "
                     "that closes tokenizes no more blocks. Start the run again."
                 )
+
+            # All processes load the tokenizer from this folder, saved once: the tokenizer in memory
+            # may have a template that no file of the model has.
             if self._folder is None:
                 self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
                 self._encoder.tokenizer.save_pretrained(self._folder)
+
             self._started = [process for process in self._started if process.poll() is None]
             self._started.append(self._spawn(self._folder))
             return self._started[-1]
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:
         setup = describe_encoder(self._encoder, folder, self._limit_bytes, self._options)
-        package_parent = str(Path(__file__).resolve().parents[3])
-        python_path = os.pathsep.join(
-            [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        # the package may be imported from a folder that only this process's sys.path names
+        python_path = str(Path(__file__).resolve().parents[3])
+        inherited_path = os.environ.get("PYTHONPATH")
+        if inherited_path:
+            python_path = os.pathsep.join([python_path, inherited_path])
+
         environment = {
             **os.environ,
             "PYTHONPATH": python_path,
+            # the number of processes is configured; threads of each would compete with training
             "TOKENIZERS_PARALLELISM": "false",
+            # so that no library takes GPU memory here
             "CUDA_VISIBLE_DEVICES": "",
         }
         process = subprocess.Popen(
@@ -134,6 +153,7 @@ class TokenizerPool:
             text=True,
             env=environment,
         )
+        # `_send` flushes it, with the first task, and notices a process that has died by then
         assert process.stdin is not None
         process.stdin.write(json.dumps(setup) + "\n")
         return process
@@ -147,13 +167,17 @@ class TokenizerPool:
             process.stdin.flush()
         except BrokenPipeError:
             return None
+
+        # an empty line is the end of its output: it died during the task
         line = process.stdout.readline()
-        return json.loads(line) if line else None
+        if not line:
+            return None
+        return json.loads(line)
 
 
-def _restore_error(name: str, message: str) -> Exception:
-    """Return the error that a process reported by its type's name."""
-    if name == "OSError":
-        return OSError(message)
-    error_type = getattr(errors, name, DataError)
-    return error_type(message) if issubclass(error_type, DistFtError) else DataError(message)
+def _restore_error(error: SentError) -> Exception:
+    """Return the error that a process sent."""
+    if error.type_name == "OSError":
+        return OSError(*error.lines)
+
+    return error.restore(DataError)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Row
-from dist_ft.storage import filesystem
+from dist_ft.storage.single_files import read_file
 
 COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
 """A line about a sentence, before its words, in CoNLL-U files."""
@@ -30,18 +30,25 @@ def read_conll(
     for path in paths:
         words: list[str] = []
         tags: list[str] = []
+        # an empty line at the end, so that the last sentence ends like all others
         for number, line in enumerate([*_read_lines(path, encoding), ""], 1):
             if not line.strip():
                 if words:
                     yield {"tokens": words, "tags": tags}
-                words, tags = [], []
+                words = []
+                tags = []
                 continue
 
+            # only before the first word: "# " may also be a word of the sentence
             is_comment = not words and COMMENT.match(line)
             if line.startswith("-DOCSTART-") or is_comment:
                 continue
 
-            columns = line.split("\t") if "\t" in line else line.split()
+            # with tabs, a word may hold blanks
+            columns = line.split()
+            if "\t" in line:
+                columns = line.split("\t")
+
             if len(columns) < 2:
                 raise _line_error(
                     path,
@@ -67,6 +74,7 @@ def read_squad(
             for number, article in enumerate(articles):
                 for paragraph in article["paragraphs"]:
                     for question in paragraph["qas"]:
+                        # questions of 2.0 that have no answer
                         answers = question.get("answers") or []
                         yield {
                             "id": question.get("id"),
@@ -92,6 +100,7 @@ def read_labeled(
 ) -> Iterator[Row]:
     """Yield {text, label} of files with one text per line, each given as PATH=LABEL."""
     for argument in paths:
+        # the last "=": paths of partitioned data hold others (lang=en/reviews.pos=positive)
         path, equals, label = argument.rpartition("=")
         if not equals or not path or not label:
             raise DataError(
@@ -151,6 +160,7 @@ def read_pairs(
 
             pairs = pairs[part]
 
+        # JSON has no line numbers: errors name the number of the pair
         for number, pair in enumerate(pairs, 1):
             if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise _line_error(path, number, "is not [text, label]. Repair it.")
@@ -169,9 +179,8 @@ IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
 
 def _read_lines(path: str, encoding: str) -> list[str]:
     """Return the lines of a file."""
-    folder, _, name = path.rpartition("/")
     try:
-        text = filesystem.Store(folder or ".").read(name).decode(encoding)
+        text = read_file(path).decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(
             redact(
@@ -180,6 +189,7 @@ def _read_lines(path: str, encoding: str) -> list[str]:
             )
         ) from error
 
+    # Not `splitlines`: it also splits at characters that occur within texts, such as U+2028.
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -44,3 +45,23 @@ def test_exit_codes_and_which_errors_are_retryable():
         "Interrupted": 130,
     }
     assert [kind for kind in PLAIN if kind.retryable] == [errors.StorageError]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_sent_error_keeps_its_type_and_text(kind):
+    sent = json.loads(json.dumps(errors.SentError.from_error(kind("one\ntwo"))))
+    found = errors.SentError(*sent).restore(errors.DataError)
+    assert (type(found), str(found)) == (kind, "one\ntwo")
+
+
+def test_a_sent_config_error_keeps_its_problems():
+    """They were once taken apart letter by letter."""
+    sent = errors.SentError.from_error(errors.ConfigError(["a: wrong", "b: wrong"]))
+    assert errors.SentError(*sent).restore(errors.DataError).problems == ("a: wrong", "b: wrong")
+
+
+def test_a_sent_error_of_another_kind_becomes_the_given_one():
+    for error in (KeyError("x"), RuntimeError("x")):
+        found = errors.SentError.from_error(error).restore(errors.WorkerError)
+        assert type(found) is errors.WorkerError
+    assert type(errors.SentError("Sequence", ["x"]).restore(errors.DataError)) is errors.DataError

@@ -14,7 +14,7 @@ from dist_ft import api
 from dist_ft.checkpoint import export
 from dist_ft.config.load import load_config
 from dist_ft.config.schema import Source
-from dist_ft.core.errors import ConfigError, DataError, ModelError, WorkerError
+from dist_ft.core.errors import ConfigError, DataError, ModelError, SentError, WorkerError
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
 from dist_ft.inference import predict_folder, prediction_shards, ray_data
@@ -140,9 +140,8 @@ def test_actor_writes_shards_and_returns_errors_as_values(model, tmp_path):
         str(tmp_path / "none"), str(tmp_path / "other"), PredictionOptions()
     )
     (text,) = no_model({"task": np.array([tasks[0].to_json()])})["error"]
-    error = ray_data._restore_error(*json.loads(text))
+    error = SentError(*json.loads(text)).restore(WorkerError)
     assert type(error) is ModelError and "the folder does not exist" in str(error)
-    assert type(ray_data._restore_error("KeyError", "x")) is WorkerError
     assert not (tmp_path / "other").exists()
 
 
