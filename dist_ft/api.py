@@ -77,8 +77,7 @@ def write_data(
     """Write the training data as new shards into the folder `out`.
 
     Args:
-        config: the run. Uses its data.train and, with `tokenize`, its tokenizer, template and data
-            fields.
+        config: the run. Uses its data.train; with `tokenize`, also its tokenizer and data fields.
         out: folder or fsspec URL.
         suffix: parquet or jsonl.
         shard_mib: source data of one shard, in MiB.
@@ -93,6 +92,8 @@ def write_data(
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
+
+    # Pre-tokenized rows hold token ids and targets only: labels would be lost.
     if tokenize and not task_class(config.task.name).reads_formats:
         raise ConfigError(
             [
@@ -122,6 +123,8 @@ def _open_training_loader(config: RunConfig) -> Iterator[Loader]:
     from dist_ft.storage import filesystem
 
     filesystem.configure(config.storage.options)
+
+    # In memory: labels and index must not be written into a run, which may be training now.
     store, world = filesystem.Store(f"memory://preview-{uuid4().hex}"), World()
     comms = collectives(world)
     model = initial_weights.resolve_for_inspection(config)
@@ -138,20 +141,16 @@ def train(
 ) -> Result:
     """Train to the end of the run and return its result.
 
-    Resumes the run if run.storage holds one named run.name.
-
-    Trains in this process if `cluster.workers` is 0 or torchrun started it (RANK is set), else on
-    Ray workers.
+    Resumes the run if run.storage holds one named run.name. Trains in this process if
+    `cluster.workers` is 0 or torchrun started it (RANK is set), else on Ray workers.
 
     Args:
         config: the run.
-        callbacks: called in this order during training (see `dist_ft.Callback`). Supported only if
-            training runs in this process.
+        callbacks: called in this order (see `dist_ft.Callback`); only for training in this process.
         skip_check: start without `check`.
 
     Raises:
-        ConfigError: `check` found problems (all are listed), or callbacks are not supported. Raised
-            before anything starts.
+        ConfigError: `check` found problems (all are listed), or callbacks are not supported.
     """
     from dist_ft.training.callbacks import CallbackList
 
@@ -166,11 +165,15 @@ def train(
             ],
             f"run {config.run.name!r}",
         )
+
+    # Rank 0 only: the others would do the same work and report the same problems.
     callback_list = CallbackList(callbacks)
     if not skip_check and os.environ.get("RANK", "0") == "0":
         problems = check(config)
         if problems:
             raise ConfigError(problems, f"run {config.run.name!r}")
+
+    # Each branch imports its own backend: training in this process works without Ray.
     if in_this_process:
         from dist_ft.runtime import local
         from dist_ft.training.run_context import RunContext
@@ -246,10 +249,8 @@ def export(
         dtype: type of the exported weights, float32 or bfloat16. Default: as the model was trained.
         adapter: write the adapter alone, for `peft`. Default: merge it into the weights.
         best: export the best checkpoint by checkpoint.best_by.
-        int8: quantize the weights of linear layers to 8 bits (torchao); measure size, latency and
-            scores before and after.
-        average: export the moving average of the weights (tuning.ema_decay). Default: export the
-            weights that evaluations used.
+        int8: quantize linear layers to 8 bits (torchao), and measure what that changes.
+        average: export the average (tuning.ema_decay). Default: the weights that evaluations used.
 
     Returns:
         {measure: value before and after quantization}; None without `int8`.
@@ -287,8 +288,7 @@ def predict(
         suffix: format of shards, jsonl or parquet.
         batch: number of rows in a batch.
         max_new_tokens: maximum length of generated text, in tokens.
-        strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
-            (`config.sections.decoding.parse_strategy`).
+        strategy: decoding strategy in short form (`config.sections.decoding.parse_strategy`).
 
     Raises:
         ConfigError: an argument is not allowed.
@@ -297,7 +297,7 @@ def predict(
     """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
-    from dist_ft.data.sources.discovery import discover_shards
+    from dist_ft.data.sources.discovery import Shard, discover_shards
     from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
     from dist_ft.inference.predict_folder import WrittenPredictions, predict_folder
@@ -310,6 +310,8 @@ def predict(
             [f"--format={suffix}: unknown format. Allowed: {allowed}. Use one of these."],
             "predict",
         )
+
+    # Workers write in any order, and rows of one file must be in the order of the input.
     if out.endswith(".jsonl") and (workers or suffix != "jsonl"):
         raise ConfigError(
             [
@@ -318,12 +320,11 @@ def predict(
             ],
             "predict",
         )
+
     names = [paths] if isinstance(paths, str) else list(paths)
-    shards = [
-        shard
-        for source_shards in discover_shards([Source(path=path) for path in names], "PATH")
-        for shard in source_shards
-    ]
+    shards: list[Shard] = []
+    for shards_of_source in discover_shards([Source(path=path) for path in names], "PATH"):
+        shards.extend(shards_of_source)
     options = PredictionOptions(batch, max_new_tokens, strategy)
     if out.endswith(".jsonl"):
         rows = (row for shard in shards for row in readers.iter_rows(shard))
@@ -390,8 +391,7 @@ def generate(
         prompt: the prompt; a user turn if the model has a chat template.
         system: system prompt.
         max_new_tokens: maximum length of the answer, in tokens.
-        strategy: decoding strategy: greedy, beam:4, sample:0.7, ...
-            (`config.sections.decoding.parse_strategy`).
+        strategy: decoding strategy in short form (`config.sections.decoding.parse_strategy`).
     """
     from dist_ft.config.sections.decoding import DecodingSection, parse_strategy
     from dist_ft.inference.generate import answer

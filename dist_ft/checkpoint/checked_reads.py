@@ -116,6 +116,7 @@ class CheckedFiles:
 
     def _block_bytes(self, path: str) -> int:
         entry = self._entries[path]
+        # At least 1, since callers divide by it and an empty file is allowed.
         return entry.block_bytes or max(1, entry.num_bytes)
 
     def read(
@@ -129,21 +130,27 @@ class CheckedFiles:
         entry = self._entries[path]
         block_bytes = self._block_bytes(path)
 
+        # Only whole blocks have a checksum. The last block of a file may be shorter.
         first = start // block_bytes * block_bytes
         last = min(entry.num_bytes, -(-stop // block_bytes) * block_bytes)
         if first == last:
             return CheckedBytes(first, memoryview(b""))
 
+        if buffer is None:
+            buffer = ReusableBuffer()
         for _ in range(2):
-            content = self._fetch(path, first, (buffer or ReusableBuffer()).view(last - first))
+            content = self._fetch(path, first, buffer.view(last - first))
             if manifests.matches_checksum(entry, first, content):
                 return CheckedBytes(first, content)
+
         raise DamagedError(f"{self.redacted_url(path)}: its checksum differs from the manifest's")
 
     def _fetch(self, path: str, start: int, target: memoryview) -> memoryview:
         try:
             return self._store_of(path).read_into(path, start, target)
         except StorageError as error:
+            # Damage makes the run fall back to an earlier checkpoint. Storage that does not respond
+            # is not damage: its latest checkpoint is still there.
             if isinstance(error.__cause__, FileNotFoundError):
                 raise DamagedError(f"{self.redacted_url(path)}: the file is missing") from error
             if self._unreadable_is_damaged and not self._entries[path].shared:
@@ -155,15 +162,19 @@ class CheckedFiles:
 
         The yielded bytes are valid until the next item is requested, because buffers are reused.
         """
+        # One for each range that is read ahead, and one for the range that the caller has.
         buffers = cycle([ReusableBuffer() for _ in range(NUM_READ_AHEAD + 1)])
         pending: deque[Future[CheckedBytes]] = deque()
         threads = ThreadPoolExecutor(NUM_CONCURRENT_READS, thread_name_prefix="restore")
         try:
             for (path, start, stop), buffer in zip(ranges, buffers, strict=False):
                 read = partial(self.read, path, start, stop, buffer)
+                # A thread of a pool does not see the caller's retry limit unless it gets a copy of
+                # the context.
                 pending.append(threads.submit(copy_context().run, read))
                 if len(pending) > NUM_READ_AHEAD:
                     yield pending.popleft().result()
+
             while pending:
                 yield pending.popleft().result()
         finally:

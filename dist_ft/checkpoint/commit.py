@@ -69,9 +69,8 @@ class Committer:
         self._local = local
         self._ledger: tuple[LedgerEntry, ...] = ()
         self._shared: tuple[FileEntry, ...] = ()
-        self._local_only_segment: str | None = (
-            None  # a ledger segment that only a local checkpoint names
-        )
+        # A ledger segment that only a local checkpoint names.
+        self._local_only_segment: str | None = None
         self._start_step: int | None = None
 
     def continue_from(self, manifest: Manifest | None) -> None:
@@ -81,8 +80,12 @@ class Committer:
         """
         self._local_only_segment = None
         if manifest is None:
-            self._ledger, self._shared, self._start_step = (), (), -1
+            self._ledger = ()
+            self._shared = ()
+            # Every checkpoint is later than this, so those of older attempts are superseded.
+            self._start_step = -1
             return
+
         self._ledger = manifest.ledger
         self._shared = tuple(item for item in manifest.files if item.shared)
         self._start_step = manifest.progress.step
@@ -96,11 +99,18 @@ class Committer:
         """
         request = save.request
         local = self._local if request.tier is Tier.LOCAL else None
-        tier = Tier.LOCAL if local else Tier.STORAGE
+        tier = Tier.STORAGE if local is None else Tier.LOCAL
+
+        # `wait` raises no error of the task, which logs its own: metrics that cannot be written do
+        # not cost the checkpoint.
         if request.commit_after is not None:
             wait([request.commit_after])
 
-        files = written.files if save.shared is not None else written.files + self._shared
+        files = written.files
+        if save.shared is None:
+            files += self._shared
+
+        # The ledger is written before the manifest that names its segments.
         ledger = self._extend_ledger(request.progress.step, written.ledger_rows)
         manifest = Manifest(
             format_version=manifests.FORMAT_VERSION if written.frozen else 1,
@@ -115,21 +125,30 @@ class Committer:
             ledger=ledger,
             frozen=tuple(sorted(written.frozen)),
             evaluation=request.evaluation,
-            layout=local.layout if local else "",
+            layout="" if local is None else local.layout,
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions={name: version(name) for name in RECORDED_PACKAGES},
         )
         self._write_manifest(self._store.child(f"{tier.value}/{save.name}"), manifest)
 
         self._shared = tuple(item for item in files if item.shared)
+
+        # Older checkpoints are removed only now that the manifest exists. A crash before it must
+        # leave something to resume from.
         if local is None:
             self._ledger = ledger
             retention.remove_unretained(
                 self._store, self._section, self._attempt, self._start_step, save.name
             )
-        self.remove_local_checkpoints(save.name if local else "", ledger)
-        is_local_only = local is not None and ledger != self._ledger
-        self._local_only_segment = ledger[-1].file.path if is_local_only else None
+
+        # A later checkpoint, of any tier, makes the earlier local ones useless.
+        self.remove_local_checkpoints("" if local is None else save.name, ledger)
+
+        # A local checkpoint leaves `self._ledger` at the last checkpoint in storage: the next one
+        # there writes all rows since then as one segment, and this one is no longer needed.
+        self._local_only_segment = None
+        if local is not None and ledger != self._ledger:
+            self._local_only_segment = ledger[-1].file.path
 
     def remove_local_checkpoints(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
         """Remove the manifests of local checkpoints except `keep`.
@@ -139,6 +158,8 @@ class Committer:
         try:
             if self._local is not None:
                 self._local.remove_manifests(keep)
+
+            # After the manifests, so that none of them names a segment that is gone.
             segments = [item.file.path for item in ledger]
             if self._local_only_segment is not None and self._local_only_segment not in segments:
                 self._store.remove(self._local_only_segment)
@@ -148,9 +169,14 @@ class Committer:
     def _extend_ledger(
         self, step: int, rows_by_worker: Sequence[np.ndarray]
     ) -> tuple[LedgerEntry, ...]:
-        start = self._ledger[-1].stop if self._ledger else 0
+        start = 0
+        if self._ledger:
+            start = self._ledger[-1].stop
+
+        # No step since the last checkpoint in storage, so there are no rows either.
         if step == start:
             return self._ledger
+
         segment = write_segment(self._store, start, step, self._attempt, rows_by_worker)
         return (*self._ledger, segment)
 
@@ -160,30 +186,42 @@ class Committer:
         self._require_current_attempt(folder)
         self._require_written(folder, manifest)
         folder.write(manifests.NAME, manifests.serialize_manifest(manifest))
+
+        # Again, as the write may have taken long: a newer attempt that started meanwhile may have
+        # chosen its checkpoint without seeing this one.
         try:
-            self._require_current_attempt(folder)  # the write may have taken long
+            self._require_current_attempt(folder)
         except CheckpointError:
             folder.remove(manifests.NAME)
             raise
+
         fault_injection.hit("checkpoint.after_manifest")
 
     def _require_written(self, folder: Store, manifest: Manifest) -> None:
         """Raise StorageError if a file visible here has another length than what was written."""
+        # Only a local checkpoint has a layout. Its files are on the nodes of their workers, which
+        # rank 0 cannot see.
         is_local = bool(manifest.layout)
+        sizes: dict[str, int] = {}
+        if not is_local:
+            sizes = folder.sizes()
+
         shared_folder = self._store.child(discovery.FROZEN)
-        sizes = {} if is_local else folder.sizes()
-        shared_sizes = shared_folder.sizes() if manifest.frozen else {}
+        shared_sizes: dict[str, int] = {}
+        if manifest.frozen:
+            shared_sizes = shared_folder.sizes()
 
         for item in manifest.files:
             if item.shared:
                 self._require_size(item, shared_folder, shared_sizes, LostSharedError)
-            elif not is_local:  # local files are on the nodes of their workers
+            elif not is_local:
                 self._require_size(item, folder, sizes, StorageError)
 
     @staticmethod
     def _require_size(
         item: FileEntry, folder: Store, sizes: dict[str, int], error: type[StorageError]
     ) -> None:
+        # An empty file may be missing too, which its length does not show.
         num_bytes = sizes.get(item.path, 0)
         if num_bytes != item.num_bytes or item.path not in sizes:
             raise error(

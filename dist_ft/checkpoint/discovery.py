@@ -77,19 +77,25 @@ def find_latest(
             again.
     """
     check = check or (lambda manifest: verify_checksums(store, manifest, world))
+
+    # Listed by one rank: two listings may differ, and then ranks would check different checkpoints
+    # and wait for each other.
     names = on_rank0(world, collectives, lambda: list_committed(store))
     if upto:
-        names = [name for name in names if sort_key(name) <= sort_key(upto)]
+        last_key = sort_key(upto)
+        names = [name for name in names if sort_key(name) <= last_key]
 
     first_problem = ""
     for name in names:
         manifest, problem = check_on_all_ranks(store, name, world, collectives, check)
         if not problem:
             return manifest
+
         if world.rank == 0:
             log.warning("checkpoint %s is skipped: %s", name, problem)
         first_problem = first_problem or problem
 
+    # Not None, which means a new run: its first save would remove what could still be repaired.
     if names:
         raise CheckpointError(
             f"{store.redacted_url(FOLDER)}: none of the {len(names)} committed checkpoints can be "
@@ -112,21 +118,29 @@ def check_on_all_ranks(
     An error of `check` other than DamagedError is raised on all ranks.
     """
     try:
+        # Raised on all ranks if rank 0 raises it, so all of them return here.
         manifest = on_rank0(world, collectives, lambda: load_manifest(store, name, tier))
     except DamagedError as error:
         return CheckResult(None, str(error))
 
+    # Kept until all ranks have called `check`: raising at once would leave the others waiting.
     own_problem: DistFtError | None = None
     try:
         check(manifest)
     except DistFtError as error:
         own_problem = error
 
+    # Another error than damage on any rank has priority: an earlier checkpoint may only be used if
+    # this one is known to be bad.
     problems = [error for error in collectives.all_gather(own_problem) if error is not None]
     for problem in problems:
         if not isinstance(problem, DamagedError):
             raise problem
-    return CheckResult(manifest, str(problems[0]) if problems else "")
+
+    first_problem = ""
+    if problems:
+        first_problem = str(problems[0])
+    return CheckResult(manifest, first_problem)
 
 
 def list_committed(store: Store, tier: Tier = Tier.STORAGE) -> list[str]:
@@ -138,6 +152,8 @@ def list_committed(store: Store, tier: Tier = Tier.STORAGE) -> list[str]:
 
 def sort_key(name: str) -> CheckpointOrder:
     """Return the key that orders checkpoints by age."""
+    # Attempt before step: should an old attempt still commit a later step, its history is not the
+    # one that the newer attempt continued.
     step, attempt = manifests.parse_folder(name) or (0, 0)
     return CheckpointOrder(attempt, step)
 
@@ -188,10 +204,13 @@ def require_shared_files(store: Store, manifest: Manifest) -> None:
 
 def require_files(folder: Store, files: Iterable[FileEntry]) -> None:
     """Raise DamagedError if one of `files` is missing in `folder` or has the wrong length."""
+    # One listing rather than one request per file.
     sizes = folder.sizes()
+
     for item in files:
         if item.path not in sizes:
             raise DamagedError(f"{folder.redacted_url(item.path)}: the file is missing")
+
         if sizes[item.path] != item.num_bytes:
             raise DamagedError(
                 f"{folder.redacted_url(item.path)}: has {sizes[item.path]} bytes, but "
@@ -207,6 +226,7 @@ def verify_checksums(store: Store, manifest: Manifest, world: World) -> None:
     require_complete(store, manifest)
     files = _checked_files(store, manifest)
 
+    # In windows, so that a file of any size is read with a few buffers.
     ranges = []
     for index in world.share(len(manifest.files)):
         item = manifest.files[index]
@@ -215,8 +235,9 @@ def verify_checksums(store: Store, manifest: Manifest, world: World) -> None:
             stop = min(item.num_bytes, start + window_bytes)
             ranges.append(ByteRange(item.path, start, stop))
 
+    # Reading verifies; the bytes are not needed.
     for _ in files.read_all(ranges):
-        pass  # reading verifies
+        pass
 
 
 def _checked_files(store: Store, manifest: Manifest) -> CheckedFiles:
@@ -246,10 +267,13 @@ def open_reader_together(
 
 def latest_attempt(store: Store) -> int:
     """Return the highest attempt number of the run; 0 before the first."""
-    numbers = (name.removesuffix(".json") for name in store.list(ATTEMPTS))
-    return max(
-        (int(number) for number in numbers if number.isascii() and number.isdigit()), default=0
-    )
+    latest = 0
+    for name in store.list(ATTEMPTS):
+        number = name.removesuffix(".json")
+        # Users may leave other files here. isdigit alone accepts digits that int rejects ("²").
+        if number.isascii() and number.isdigit():
+            latest = max(latest, int(number))
+    return latest
 
 
 def start_attempt(store: Store, num_ranks: int, previous_end: str = "") -> int:
@@ -265,6 +289,9 @@ def start_attempt(store: Store, num_ranks: int, previous_end: str = "") -> int:
     is_failure = bool(previous_end) and not previous_end.startswith(PLANNED)
     failures = num_failures(store, number) + is_failure
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+    # Another process may take a number between the listing and this call. Numbers may be left out,
+    # but never be used twice.
     while True:
         number += 1
         record = {
@@ -275,6 +302,7 @@ def start_attempt(store: Store, num_ranks: int, previous_end: str = "") -> int:
         }
         if previous_end:
             record["after"] = redact(previous_end)
+
         if store.create(f"{ATTEMPTS}/{number:06d}.json", json.dumps(record).encode()):
             return number
 
@@ -283,6 +311,8 @@ def num_failures(store: Store, attempt: int) -> int:
     """Return how many attempts before `attempt` ended in a failure that was noticed."""
     if not attempt:
         return 0
+
+    # The count only tunes the save interval, so a lost record is no error.
     try:
         record = json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json"))
         return int(record.get("failures", 0))

@@ -105,7 +105,12 @@ def export_run(
     _require_free(target, out)
 
     store = Store(run_url)
-    manifest = find_manifest(store, find_best_step(store) if options.best else options.step)
+    step = options.step
+    if options.best:
+        step = find_best_step(store)
+    manifest = find_manifest(store, step)
+
+    # Next to the target, so that the move at the end is a rename: no reader sees half a folder.
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
         folder = Path(temporary) / "model"
@@ -115,6 +120,7 @@ def export_run(
             _save_model(store, manifest, folder, options)
         finish(folder, manifest)
 
+        # An empty folder; shutil.move would put the new one into it.
         if target.exists():
             target.rmdir()
         shutil.move(str(folder), target)
@@ -149,7 +155,8 @@ def _save_adapter(store: Store, manifest: Manifest, folder: Path, average: bool 
     """Write the adapter of a checkpoint, and require that it is read back unchanged."""
     import torch
 
-    section, task = load_tuning(store), load_task(store)
+    section = load_tuning(store)
+    task = load_task(store)
     if section.method not in ADAPTER_METHODS:
         raise CheckpointError(
             f"--adapter: the run was trained with tuning.method={section.method}. --adapter is "
@@ -204,6 +211,8 @@ def _check_round_trip(model: Any, task: TaskSection, folder: Path) -> None:
 
     with torch.no_grad():
         expected = probe_outputs(model)
+
+        # By transformers alone, as a user of the folder loads it.
         result: Any = heads.auto_class(task).from_pretrained(
             folder,
             dtype=model.dtype,
@@ -211,18 +220,24 @@ def _check_round_trip(model: Any, task: TaskSection, folder: Path) -> None:
             **extra_model_kwargs(model.config, task),
         )
         loaded, info = result
+
         # Copy the weights from the memory-mapped file: its alignment changes the last bits.
         for tensor in (*loaded.parameters(), *loaded.buffers()):
             tensor.data = tensor.data.clone()
         actual = probe_outputs(loaded.eval())
 
-    weights, loaded_weights = model.state_dict(), loaded.state_dict()
+    weights = model.state_dict()
+    loaded_weights = loaded.state_dict()
     weights_are_equal = weights.keys() == loaded_weights.keys() and all(
         torch.equal(weights[name], loaded_weights[name]) for name in weights
     )
+
+    # Relative to the largest logit: rounding errors of a sum scale with its terms, and a logit near
+    # 0 may be the difference of large ones.
     tolerance = MAX_ROUNDING_ERRORS * torch.finfo(model.dtype).eps * expected.abs().max()
     logits_are_close = torch.allclose(expected, actual, rtol=0, atol=float(tolerance))
 
+    # transformers initializes missing weights at random without an error.
     if info["missing_keys"] or not weights_are_equal or not logits_are_close:
         difference = (expected - actual).abs().max().item()
         raise CheckpointError(

@@ -84,9 +84,11 @@ class FileLayout:
 
         Copies from a GPU may still be running on return.
         """
+        # frombuffer warns about bytes, which must not be written to; a bytearray is a copy.
         start = len(self.header)
         content[:start] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8)
         for entry in self.entries:
+            # A view as a wider type is possible since every value is aligned (`_plan_file`).
             target = content[start : start + entry.num_bytes].view(entry.dtype)
             target.copy_(entry.select(state), non_blocking=True)
             start += entry.num_bytes
@@ -99,8 +101,10 @@ class FileLayout:
         """
         buffers = [memoryview(self.header)]
         for entry in self.entries:
+            # `to` and `contiguous` return the same memory where nothing has to change.
             values = entry.select(state).to("cpu", entry.dtype).contiguous()
             buffers.append(memoryview(values.numpy().view(np.uint8)))  # type: ignore[arg-type]
+
         return buffers
 
 
@@ -118,8 +122,10 @@ def plan_files(state: Sequence[StateSlice], first: int = 0) -> list[FileLayout]:
         if not files or num_bytes + entry.num_bytes > fragments.MAX_FILE_BYTES:
             files.append([])
             num_bytes = 0
+
         files[-1].append(entry)
         num_bytes += entry.num_bytes
+
     return [_plan_file(entries) for entries in files]
 
 
@@ -135,6 +141,8 @@ def _plan_entries(state: Sequence[StateSlice], start: int) -> Iterator[TensorEnt
             )
 
         max_elements = max(1, fragments.MAX_FILE_BYTES // dtype.itemsize)
+
+        # An empty slice has an entry too: a reader must find all states that the model has.
         for first in range(0, max(1, part.numel), max_elements):
             numel = min(max_elements, part.numel - first)
             label = f"{part.key}:{part.offset + first}:{part.name}"
@@ -143,8 +151,11 @@ def _plan_entries(state: Sequence[StateSlice], start: int) -> Iterator[TensorEnt
 
 def _plan_file(entries: Sequence[TensorEntry]) -> FileLayout:
     """Return the file of `entries`, widest types first so that every value is aligned."""
+    # Each width is a multiple of the next, and the format allows no gaps between values.
     ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    header, start = {}, 0
+
+    header = {}
+    start = 0
     for entry in ordered:
         header[entry.label] = {
             "dtype": _DTYPE_NAMES[entry.dtype],
@@ -153,6 +164,7 @@ def _plan_file(entries: Sequence[TensorEntry]) -> FileLayout:
         }
         start += entry.num_bytes
 
+    # The format allows spaces after the header. 8 bytes are those of its length.
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return FileLayout(len(text).to_bytes(8, "little") + text, tuple(ordered))

@@ -82,10 +82,14 @@ def read_index(files: CheckedFiles, paths: Sequence[str]) -> FragmentIndex:
         CheckpointError: a file's header is invalid.
     """
     index: FragmentIndex = defaultdict(list)
-    starts = files.read_all([ByteRange(path, 0, min(files.num_bytes(path), 8)) for path in paths])
+
+    # 8 bytes are requested, but reads are widened to a block, which mostly has the whole header.
+    ranges = [ByteRange(path, 0, min(files.num_bytes(path), 8)) for path in paths]
+    starts = files.read_all(ranges)
     for path, start in zip(paths, starts, strict=True):
         for state, locations in _read_header(files, path, start).items():
             index[state].extend(locations)
+
     return index
 
 
@@ -94,18 +98,23 @@ def gather_index(files: CheckedFiles, world: World, collectives: Collectives) ->
 
     Each rank reads a share of the headers. A collective call.
     """
+    paths = files.paths
+    own_paths = [paths[i] for i in world.share(len(paths))]
     own: FragmentIndex = {}
     problem: DistFtError | None = None
     try:
-        own = read_index(files, [files.paths[i] for i in world.share(len(files.paths))])
+        own = read_index(files, own_paths)
     except DistFtError as error:
         problem = error
+
+    # Before the next collective call, which a rank with an error would not reach.
     raise_together(collectives, problem)
 
     index: FragmentIndex = defaultdict(list)
     for of_rank in collectives.all_gather(own):
         for state, locations in of_rank.items():
             index[state].extend(locations)
+
     return index
 
 
@@ -113,20 +122,30 @@ def _read_header(files: CheckedFiles, path: str, start: CheckedBytes) -> Fragmen
     """Return the fragments in a file, given its first block."""
     num_bytes = files.num_bytes(path)
     try:
-        length = int.from_bytes(start.slice(0, 8), "little") if num_bytes >= 8 else 0
+        # safetensors: 8 bytes with the length of the header, the header in JSON, then the values.
+        # A checksum does not make a file trustworthy, so the length is bounded before it is used.
+        length = 0
+        if num_bytes >= 8:
+            length = int.from_bytes(start.slice(0, 8), "little")
         if not 2 <= length <= min(num_bytes - 8, MAX_HEADER_BYTES):
             raise ValueError(f"header of {length} bytes in a file of {num_bytes}")
-        whole = start if 8 + length <= len(start.content) else files.read(path, 0, 8 + length)
+
+        whole = start
+        if 8 + length > len(start.content):
+            whole = files.read(path, 0, 8 + length)
         header = json.loads(bytes(whole.slice(8, 8 + length)))
 
         index: FragmentIndex = defaultdict(list)
         for label, info in dict(header).items():
+            # The only entry of the format that is not a tensor.
             if label != "__metadata__":
+                # The parameter's name comes last, as it may have a colon itself.
                 key, offset, name = label.split(":", 2)
                 location = _parse_location(path, label, offset, info, 8 + length, num_bytes)
                 index[StateKey(name, key)].append(location)
         return index
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        # The text of a KeyError is only the key.
         reason = str(error)
         if isinstance(error, KeyError | RecursionError):
             reason = f"{type(error).__name__}: {error}"
@@ -150,14 +169,16 @@ def _parse_location(
         num_bytes: length of the file.
     """
     start, stop = info["data_offsets"]
-    dtype, (numel,) = _DTYPES[info["dtype"]], info["shape"]
-    if not (
-        offset.isascii()
-        and offset.isdigit()
-        and all(type(number) is int for number in (start, stop, numel))
-    ):
+    dtype = _DTYPES[info["dtype"]]
+    (numel,) = info["shape"]
+
+    # isinstance would accept true and false.
+    are_integers = all(type(number) is int for number in (start, stop, numel))
+    if not (offset.isascii() and offset.isdigit() and are_integers):
         raise ValueError(f"{label}: offsets and sizes must be whole numbers from 0")
-    if not 0 <= start <= stop <= num_bytes - values_start or stop - start != numel * dtype.itemsize:
+
+    is_inside = 0 <= start <= stop <= num_bytes - values_start
+    if not is_inside or stop - start != numel * dtype.itemsize:
         raise ValueError(f"{label} is outside the file")
     return FragmentLocation(path, int(offset), numel, values_start + start, dtype)
 
@@ -237,11 +258,14 @@ class FragmentReader:
             DamagedError: the bytes differ from what was written; values read from them were not
                 returned.
         """
+        # All reads are planned before the first value is yielded: a checkpoint of another model
+        # must not overwrite part of the caller's state.
         reads = list(_merge(self._plan_copies(requests), self._files))
         sizes = {request.index: request.numel for request in requests}
         incomplete: dict[int, np.ndarray] = {}
         missing_bytes: dict[int, int] = {}
 
+        # Requests without elements have no copies, which would otherwise complete them.
         for request in requests:
             if request.numel == 0:
                 yield FragmentValues(request.index, np.zeros(0, np.float32))
@@ -252,8 +276,9 @@ class FragmentReader:
                 content = np.frombuffer(found.slice(copy.start, copy.stop), np.uint8)
                 is_whole_request = len(content) == sizes[copy.index] * copy.dtype.itemsize
                 if is_whole_request:
+                    # torch requires writable and aligned memory. Bytes of a local disk mostly are
+                    # both, and need no copy.
                     values = content.view(copy.dtype)
-                    # torch requires writable memory; without a copy only if it is aligned
                     if values.flags.aligned and values.flags.writeable:
                         yield FragmentValues(copy.index, values)
                         continue
@@ -262,9 +287,12 @@ class FragmentReader:
                 if buffer is None:
                     buffer = incomplete[copy.index] = np.empty(sizes[copy.index], copy.dtype)
                     missing_bytes[copy.index] = buffer.nbytes
+
                 target = slice(copy.target_start, copy.target_start + len(content))
                 buffer.view(np.uint8)[target] = content
                 missing_bytes[copy.index] -= len(content)
+
+                # Removed from `incomplete`, so that the values do not stay in memory to the end.
                 if missing_bytes[copy.index] == 0:
                     yield FragmentValues(copy.index, incomplete.pop(copy.index))
 
@@ -279,25 +307,30 @@ class FragmentReader:
             stop = request.offset + request.numel
             next_element = request.offset
             fragments = index.get(StateKey(request.name, request.key), ())
+
+            # In order of offsets, a gap shows at once, and elements that several fragments have are
+            # taken from the first of them only.
             for fragment in sorted(fragments, key=lambda found: found.offset):
                 first = max(next_element, fragment.offset)
                 last = min(stop, fragment.offset + fragment.numel)
                 if first > next_element:
                     break
-                if last > first:
-                    itemsize = fragment.dtype.itemsize
-                    start = fragment.start + (first - fragment.offset) * itemsize
-                    copies.append(
-                        _Copy(
-                            request.index,
-                            (first - request.offset) * itemsize,
-                            fragment.path,
-                            start,
-                            start + (last - first) * itemsize,
-                            fragment.dtype,
-                        )
+                if last <= first:
+                    continue
+
+                itemsize = fragment.dtype.itemsize
+                start = fragment.start + (first - fragment.offset) * itemsize
+                copies.append(
+                    _Copy(
+                        request.index,
+                        (first - request.offset) * itemsize,
+                        fragment.path,
+                        start,
+                        start + (last - first) * itemsize,
+                        fragment.dtype,
                     )
-                    next_element = last
+                )
+                next_element = last
 
             if next_element < stop:
                 raise CheckpointError(
@@ -311,20 +344,27 @@ class FragmentReader:
 def _merge(copies: Sequence[_Copy], files: CheckedFiles) -> Iterator[_MergedRead]:
     """Merge neighboring copies into reads, so that no block is read twice."""
     window_bytes = {copy.path: files.window_bytes(copy.path, MAX_REQUEST_BYTES) for copy in copies}
-    split = [part for copy in copies for part in _split(copy, window_bytes[copy.path])]
+
+    # Windows bound the size of a read. They consist of whole blocks, so two windows share none.
+    split: list[_Copy] = []
+    for copy in copies:
+        split.extend(_split(copy, window_bytes[copy.path]))
     split.sort(key=lambda copy: (copy.path, copy.start))
 
     by_window = groupby(split, lambda copy: (copy.path, copy.start // window_bytes[copy.path]))
     for (path, _), in_window in by_window:
         group: list[_Copy] = []
         stop = 0
+        # At least one block: two reads in the same block would both fetch it.
         max_gap = max(MAX_GAP_BYTES, files.window_bytes(path, 1))
         for copy in in_window:
             if group and copy.start > stop + max_gap:
                 yield _MergedRead(ByteRange(path, group[0].start, stop), group)
                 group = []
+
             group.append(copy)
             stop = max(stop, copy.stop)
+
         yield _MergedRead(ByteRange(path, group[0].start, stop), group)
 
 

@@ -53,10 +53,11 @@ def resolve_initial_model(
     if on_rank0(world, collectives, lambda: _has_own_model(config, store)):
         return _with_path(config.model, download_description(store.url, cache_dir))
 
-    # on rank 0 only, so that not all ranks send a request to the storage
+    # On rank 0 only, so that not all ranks send a request to the storage.
     if not on_rank0(world, collectives, lambda: is_run(config.model.path)):
         return config.model
 
+    # The other run may commit a checkpoint between two listings, so one rank chooses for all.
     step = on_rank0(world, collectives, lambda: _choose_step(config.model, store))
     if world.rank == 0:
         log.info("starting from step %d of %s", step, redact(config.model.path))
@@ -69,15 +70,14 @@ def resolve_for_inspection(config: RunConfig) -> ModelSection:
     The folder has the config and tokenizer, but no weights.
     """
     store = Store(config.run_url)
-    with contextlib.suppress(
-        StorageError
-    ):  # the preflight checks report errors of the run's storage
+    # The preflight checks report errors of the run's storage.
+    with contextlib.suppress(StorageError):
         if _has_own_model(config, store):
             folder = download_description(store.url, config.data.cache_dir)
             return _with_path(config.model, folder)
 
     if is_run(config.model.path):
-        # raises if there is no checkpoint
+        # Only to raise an error if there is no checkpoint.
         latest_step(config.model.path, config.model.checkpoint)
     return resolve_model_section(config.model, config.data.cache_dir, weights=False)
 
@@ -102,6 +102,7 @@ def resolve_model_section(
         return section
     if not weights:
         return _with_path(section, download_description(section.path, cache_dir))
+
     step = latest_step(section.path, section.checkpoint)
     return _with_path(section, export_to_cache(section.path, step, cache_dir))
 
@@ -116,8 +117,10 @@ def latest_step(url: str, which: str = "latest") -> int:
         )
     if which == "best":
         return find_best_step(store)
+
+    # A checkpoint is committed, and `find_latest` raises an error if all are damaged.
     latest = discovery.find_latest(store, World(), Collectives())
-    assert latest is not None  # a checkpoint is committed; `find_latest` raises if all are damaged
+    assert latest is not None
     return latest.progress.step
 
 
@@ -138,11 +141,13 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
             "another run.name; next time, retain the checkpoint (checkpoint.keep_every_steps)."
         )
 
+    # The manifest has the checksums of all files, so its hash names the weights themselves.
     manifest = store.read(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + manifest)
     folder = _models_folder(cache_dir) / f"run-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
+        # An export appears whole or not at all, so a folder that exists is complete.
         if not folder.exists():
             export_run(url, str(folder), ExportOptions(step=step))
     return str(folder)
@@ -171,6 +176,7 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
 
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + store.read("config.json"))
     folder = _models_folder(cache_dir) / f"described-{digest}"
+    # Unlike an export, a download may stop half-way. This file is written at its end.
     is_complete = folder / ".described"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -188,6 +194,7 @@ def _choose_step(section: ModelSection, store: Store) -> int:
     """Return the step that this run starts from, as recorded at its first start (rank 0 only)."""
     if store.exists(INITIAL_CHECKPOINT):
         return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
+
     step = latest_step(section.path, section.checkpoint)
     record = {"run": redact(section.path), "step": step}
     store.write(INITIAL_CHECKPOINT, json.dumps(record).encode())
@@ -195,4 +202,5 @@ def _choose_step(section: ModelSection, store: Store) -> int:
 
 
 def _with_path(section: ModelSection, folder: str) -> ModelSection:
+    # A revision is one of a hub repository, which a local folder has not.
     return section.model_copy(update={"path": folder, "revision": None})

@@ -38,6 +38,8 @@ class LedgerBuffer:
             num_segments = len(batch.segments)
             if not num_segments:
                 continue
+
+            # batch.segments: (S, 4) sample, first token, number of tokens, epoch
             leading_columns = (
                 np.full(num_segments, step),
                 batch.segments[:, 3],
@@ -57,6 +59,8 @@ class LedgerBuffer:
 
     def rows(self) -> np.ndarray:
         """Return the rows (N, 6) so far, int64."""
+        # Kept as one array: rows are requested again at each local checkpoint, which does not clear
+        # the buffer.
         empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
         self._rows = [np.concatenate([empty, *self._rows])]
         return self._rows[0]
@@ -67,6 +71,9 @@ def write_segment(
 ) -> LedgerEntry:
     """Write the rows (N, 6) of all workers for steps [start, stop); return the manifest entry."""
     rows = np.concatenate(list(rows_by_worker))
+
+    # Sorted, a segment does not depend on the number of workers, and neighboring rows differ
+    # little. lexsort takes the most significant key last.
     by_step_lane_and_sample = np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], rows[:, 0]))
     content = pack_rows(rows[by_step_lane_and_sample])
 
@@ -81,6 +88,7 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     Raises:
         CheckpointError: a segment is damaged or missing.
     """
+    # Starts with an array without rows: a run may have no segment, and concatenate needs an array.
     segments = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
     next_step = 0
     for segment in manifest.ledger:
@@ -95,11 +103,13 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
                 f"{where}: altered since it was written. The history of steps {segment.start} to "
                 f"{segment.stop} cannot be verified. Restore the file from a copy."
             )
+
         if segment.start != next_step:
             raise CheckpointError(
                 f"{where}: starts at step {segment.start}, expected {next_step}. The history has a "
                 "gap. Restore the ledger from a copy."
             )
+
         segments.append(unpack_rows(content, where))
         next_step = segment.stop
 
@@ -121,9 +131,15 @@ def pack_rows(rows: np.ndarray) -> bytes:
     from safetensors.numpy import save
 
     columns = {name: rows[:, i].copy() for i, name in enumerate(COLUMNS)}
+
+    # With 0 in front, the first value is kept, and `cumsum` restores all of them.
     for name in DELTA_COLUMNS:
         columns[name] = np.diff(columns[name], prepend=0)
+
+    # `_narrow` also makes the columns contiguous: safetensors ignores strides.
     plain = save({name: _narrow(values) for name, values in columns.items()})
+
+    # The length comes first, since pyarrow has to know it to decompress.
     return len(plain).to_bytes(8, "little") + pyarrow.Codec("zstd").compress(plain, asbytes=True)
 
 
@@ -150,12 +166,15 @@ def unpack_rows(content: bytes, where: str) -> np.ndarray:
     from safetensors.numpy import load
 
     try:
+        # Before memory of that size is allocated: the file may be hostile.
         num_bytes = int.from_bytes(content[:8], "little")
         if num_bytes > MAX_BYTES:
             raise ValueError(f"{num_bytes} bytes")
+
         columns = load(pyarrow.Codec("zstd").decompress(content[8:], num_bytes, asbytes=True))
         for name in DELTA_COLUMNS:
             columns[name] = np.cumsum(columns[name], dtype=np.int64)
+
         return np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise CheckpointError(

@@ -77,12 +77,14 @@ class LocalTier:
 
     def _require_files(self, manifest: Manifest) -> None:
         try:
+            # Each worker checks its own files only: those of others are on other nodes.
             own_files = [item for item in self._files_of_worker(manifest) if not item.shared]
             discovery.require_files(self.checkpoint_folder(manifest.folder_name), own_files)
         except StorageError as error:
-            # the node's own disk failed, which only damages this checkpoint; the run's storage is
-            # checked below
+            # The node's own disk failed, which only damages this checkpoint.
             raise DamagedError(str(error)) from error
+
+        # Outside the `try`: if the run's storage does not respond, falling back would not help.
         discovery.require_shared_files(self.store, manifest)
 
     def _check_on_all_ranks(self, name: str, check: Callable[[Manifest], None]) -> Manifest | None:
@@ -91,6 +93,7 @@ class LocalTier:
                 raise DamagedError(
                     f"it was written by {manifest.layout}, this run has {self.layout}"
                 )
+
             check(manifest)
 
         manifest, problem = discovery.check_on_all_ranks(
@@ -98,6 +101,7 @@ class LocalTier:
         )
         if not problem:
             return manifest
+
         if self.world.rank == 0:
             log.warning("local checkpoint %s is skipped: %s", name, problem)
         return None
@@ -108,10 +112,13 @@ class LocalTier:
         names = discovery.list_committed(self.store, Tier.LOCAL)
         if not in_storage:
             return names
+
+        # The same step may be in both tiers. Then the local files are faster to read.
         oldest = discovery.sort_key(in_storage[0])
         return [name for name in names if discovery.sort_key(name) >= oldest]
 
     def _files_of_worker(self, manifest: Manifest) -> list[FileEntry]:
+        # The name that `Writer` gives to files.
         prefix = f"rank-{self.world.rank:05d}-"
         return [item for item in manifest.files if item.shared or item.path.startswith(prefix)]
 
@@ -123,6 +130,7 @@ class LocalTier:
         """Remove all manifests of local checkpoints except that of `keep` (rank 0 only)."""
         for name in discovery.list_committed(self.store, Tier.LOCAL):
             if name != keep:
+                # The manifest first: object stores remove the files of a folder one by one.
                 self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}/{manifests.NAME}")
                 self.store.remove(f"{discovery.LOCAL_FOLDER}/{name}")
 
@@ -132,10 +140,12 @@ class LocalTier:
         With `upto`, a checkpoint of this attempt: only those of earlier steps or attempts, and
         `upto` itself.
         """
+        # Without `upto`, every step and attempt is earlier.
         max_step, current_attempt = manifests.parse_folder(upto) or (2**62, 2**62)
         try:
             names = self.local.list()
         except DistFtError as error:
+            # Files that stay take space on the node but are never loaded: their manifest is gone.
             log.debug("%s cannot be listed: %s", self.local.redacted_url(), error)
             return []
 
@@ -144,6 +154,7 @@ class LocalTier:
             parsed = manifests.parse_folder(name)
             if parsed is None or name == keep:
                 continue
+
             if parsed.step < max_step or parsed.attempt < current_attempt or name == upto:
                 removable.append(name)
         return removable

@@ -74,9 +74,8 @@ class CheckpointManager:
         self._attempt = attempt
         self._local = local
         self._committer = Committer(store, section, world.num_ranks, attempt, local)
-        self._frozen: frozenset[str] = (
-            frozenset()
-        )  # names of the weights whose shared files are in storage
+        # Names of the weights whose shared files are in storage.
+        self._frozen: frozenset[str] = frozenset()
         self.latest_step = 0
         self._save: SaveInProgress | None = None
         self._writer = Writer(world.rank, section.background_mb_s * 1e6)
@@ -86,14 +85,18 @@ class CheckpointManager:
 
         No file is read: `load` verifies the content, and may have to load an earlier checkpoint.
         """
+        # Local first: candidates older than the latest checkpoint in storage are left out there.
         latest = self._local.find_latest() if self._local else None
-        latest = latest or discovery.find_latest(
-            self._store, self._world, self._collectives, self._require_complete
-        )
+        if latest is None:
+            latest = discovery.find_latest(
+                self._store, self._world, self._collectives, self._require_complete
+            )
+
         self._continue_from(latest)
         return latest
 
     def _require_complete(self, manifest: Manifest) -> None:
+        # By one rank for all: each listing is a request to the storage.
         on_rank0(
             self._world,
             self._collectives,
@@ -101,22 +104,25 @@ class CheckpointManager:
         )
 
     def _continue_from(self, manifest: Manifest | None) -> None:
-        """Use a checkpoint as the end of the history that this attempt continues.
-
-        None to start from nothing.
-        """
+        """Continue the history that ends with a checkpoint; with None, start from nothing."""
         self._committer.continue_from(manifest)
-        self.latest_step = manifest.progress.step if manifest else 0
-        self._frozen = frozenset(manifest.frozen if manifest else ())
+        self.latest_step = 0
+        self._frozen = frozenset()
+        if manifest is not None:
+            self.latest_step = manifest.progress.step
+            self._frozen = frozenset(manifest.frozen)
 
+        # Skipped local checkpoints must go: what is saved from here on is another history.
         if self._local is not None:
-            is_local = manifest is not None and bool(manifest.layout)
-            keep = manifest.folder_name if manifest is not None and is_local else ""
+            keep = ""
+            if manifest is not None and manifest.layout:
+                keep = manifest.folder_name
             if self._world.rank == 0:
                 self._committer.remove_local_checkpoints(keep)
             self._remove_local_files(self._local.list_removable(keep))
 
     def _remove_local_files(self, names: list[str]) -> None:
+        # In the background, since removing gigabytes takes time and nothing waits for it.
         if self._local is not None and names:
             self._writer.submit(partial(self._local.remove, names))
 
@@ -144,6 +150,7 @@ class CheckpointManager:
             for i, part in enumerate(state)
         ]
 
+        # Damage may show half-way. The next checkpoint that is tried overwrites all state.
         def load_weights(found: Manifest, reader: FragmentReader) -> None:
             manifests.require_same_tensors(found.tensors, tensors, reader.redacted_url())
             for index, values in reader.read_many(requests):
@@ -161,15 +168,15 @@ class CheckpointManager:
         loaded = None
         if self._local is not None and is_local:
             loaded = self._local.load(name, load_weights)
+
+        # Never a later checkpoint than the one given. A local one is later than all in storage.
         if loaded is None:
+            upto = "" if is_local else name
             loaded = discovery.find_latest(
-                self._store,
-                self._world,
-                self._collectives,
-                load_from_storage,
-                upto="" if is_local else name,
+                self._store, self._world, self._collectives, load_from_storage, upto=upto
             )
 
+        # Again: the checkpoint may be an earlier one than `find_latest` returned.
         self._continue_from(loaded)
         if loaded is None:
             raise CheckpointError(
@@ -201,11 +208,8 @@ class CheckpointManager:
         The copy is written in the background. No other save may be in progress.
         """
         state = _trained_state(engine)
-        self._start(
-            engine,
-            request,
-            lambda folder: self._writer.snapshot(folder, state, request.tier is Tier.LOCAL),
-        )
+        is_local = request.tier is Tier.LOCAL
+        self._start(engine, request, lambda folder: self._writer.snapshot(folder, state, is_local))
 
     def _start(
         self,
@@ -215,11 +219,14 @@ class CheckpointManager:
     ) -> SaveInProgress:
         if self._save is not None:
             raise AssertionError("another save is in progress")
+
         name = manifests.folder_name(request.progress.step, self._attempt)
         files = write(self._checkpoint_folder(request, name))
         self._save = save = SaveInProgress(request, name, files, engine.frozen_parameters())
 
-        writes_frozen_weights = not save.frozen <= self._frozen  # the same on all ranks
+        # Frozen weights are written once and shared by all later checkpoints. All ranks decide
+        # alike, since both sets are the same on all of them.
+        writes_frozen_weights = not save.frozen <= self._frozen
         if writes_frozen_weights:
             state = [part for part in engine.state_slices() if part.key == "frozen"]
             shared_folder = self._store.child(f"{discovery.FROZEN}/{name}")
@@ -245,6 +252,7 @@ class CheckpointManager:
         save = self._save
         if save is None:
             return SaveFlags(0.0, 0.0)
+
         commit_ended = save.commit is not None and save.commit.done()
         return SaveFlags(float(save.is_written()), float(commit_ended))
 
@@ -261,6 +269,8 @@ class CheckpointManager:
         save = self._save
         if save is None:
             return None
+
+        # Decided by sums, which are the same on all ranks: all enter the same collective call.
         if not save.agreed:
             if num_written < self._world.num_ranks:
                 return None
@@ -277,6 +287,8 @@ class CheckpointManager:
             outcome = self._exchange_results(save)
             if outcome is not None:
                 return outcome
+
+        # Only rank 0 has a commit; the others wait for it in the broadcast of `_conclude`.
         if save.commit is not None:
             wait([save.commit])
         return self._conclude(save)
@@ -295,10 +307,12 @@ class CheckpointManager:
         problems = self._collectives.all_gather(own_problem)
         problem = next((error for error in problems if error is not None), None)
 
+        # All ranks take part in this call, also if the save has failed on some of them.
         entries = self._list_entries(save) if own_problem is None else []
         gathered = self._collectives.gather((entries, save.request.rows)) or []
         if problem is not None:
-            self._remove_files(save)  # if the disk is full, the next save needs the space
+            # If the disk is full, the next save needs the space.
+            self._remove_files(save)
             return self._end(save, problem)
 
         if self._world.rank == 0:
@@ -313,7 +327,11 @@ class CheckpointManager:
     def _list_entries(self, save: SaveInProgress) -> list[FileEntry]:
         """Return the manifest's entries of this worker's files."""
         entries = list(save.files.result())
-        for item in save.shared.result() if save.shared is not None else []:
+        if save.shared is None:
+            return entries
+
+        # The path is relative to the folder of all shared files, as later checkpoints need it.
+        for item in save.shared.result():
             path = f"{save.name}/{item.path}"
             entries.append(item.model_copy(update={"path": path, "shared": True}))
         return entries
@@ -333,16 +351,19 @@ class CheckpointManager:
             self._frozen = self._frozen_after(save)
 
         if self._local is not None and problem is None:
-            # earlier local files are no longer needed; nor are those of this step, once it is in
-            # storage
+            # Earlier local files are no longer needed; nor are those of this step, once it is in
+            # storage.
             keep = save.name if save.request.tier is Tier.LOCAL else ""
             self._remove_local_files(self._local.list_removable(keep, upto=save.name))
         return self._end(save, problem)
 
     def _end(self, save: SaveInProgress, problem: DistFtError | None) -> SaveOutcome:
         self._save = None
+
+        # Failing storage only costs this checkpoint. Any other error ends the run.
         if problem is not None and not isinstance(problem, StorageError):
             raise problem
+
         url = self._checkpoint_folder(save.request, save.name).url
         return SaveOutcome(save.request, url, problem)
 
@@ -350,6 +371,7 @@ class CheckpointManager:
         try:
             self._committer.commit(save, written)
         except StorageError:
+            # Not after other errors: if a newer attempt has taken over, nothing is touched.
             self._remove_files(save)
             raise
 
@@ -362,7 +384,7 @@ class CheckpointManager:
 
         if self._world.rank == 0:
             are_removed = retention.remove_checkpoints(self._store, [save.name], tier)
-            # if the manifest could not be removed, the shared files that it names must stay
+            # If the manifest could not be removed, the shared files that it names must stay.
             if are_removed and save.shared is not None:
                 with contextlib.suppress(StorageError):
                     self._store.remove(f"{discovery.FROZEN}/{save.name}")

@@ -43,12 +43,10 @@ class NewerFormatError(CheckpointError):
 def _require_relative(path: str) -> str:
     """Return `path`; raises ValueError if it could lead out of a folder."""
     parts = path.split("/")
-    if (
-        path.startswith("/")
-        or "\\" in path
-        or ":" in path
-        or any(part in ("", ".", "..") for part in parts)
-    ):
+    has_bad_part = any(part in ("", ".", "..") for part in parts)
+
+    # A colon ends a drive letter or the protocol of a URL.
+    if path.startswith("/") or "\\" in path or ":" in path or has_bad_part:
         raise ValueError(f"the path {path!r} leads out of the checkpoint")
     return path
 
@@ -57,6 +55,8 @@ RelativePath = Annotated[str, pydantic.AfterValidator(_require_relative)]
 
 
 class _FrozenModel(BaseModel):
+    # Unknown fields are ignored, so that a release can add some without a new format version. JSON
+    # has no NaN and infinity, and a loss may be one of them.
     model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
@@ -180,17 +180,23 @@ def file_entry_in_blocks(path: str, *buffers: memoryview) -> FileEntry:
     digests = []
     left_in_block = BLOCK_BYTES
 
+    # Blocks are those of the file, wherever one buffer ends and the next starts. Both checksums are
+    # computed in one pass, while a chunk is in the processor's cache.
     for buffer in buffers:
         rest = buffer
         while len(rest):
-            chunk, rest = rest[:left_in_block], rest[left_in_block:]
+            chunk = rest[:left_in_block]
+            rest = rest[left_in_block:]
             whole.update(chunk)
             block.update(chunk)
             left_in_block -= len(chunk)
+
             if not left_in_block:
                 digests.append(block.hexdigest())
-                block, left_in_block = xxhash.xxh3_64(), BLOCK_BYTES
+                block = xxhash.xxh3_64()
+                left_in_block = BLOCK_BYTES
 
+    # The last block, unless the file ends with a whole one.
     if left_in_block < BLOCK_BYTES:
         digests.append(block.hexdigest())
 
@@ -208,10 +214,11 @@ def matches_checksum(entry: FileEntry, start: int, content: memoryview) -> bool:
     if not entry.block_bytes:
         return len(content) == entry.num_bytes and compute_checksum(content) == entry.checksum
 
-    digests = "".join(
-        xxhash.xxh3_64_hexdigest(content[offset : offset + entry.block_bytes])
-        for offset in range(0, len(content), entry.block_bytes)
-    )
+    digests = ""
+    for offset in range(0, len(content), entry.block_bytes):
+        digests += xxhash.xxh3_64_hexdigest(content[offset : offset + entry.block_bytes])
+
+    # By position, so that bytes of another place in the file do not match.
     first = start // entry.block_bytes * _BLOCK_DIGITS
     return entry.blocks[first : first + len(digests)] == digests
 
@@ -220,6 +227,8 @@ def serialize_manifest(manifest: Manifest) -> bytes:
     """Return the manifest file: JSON whose last field is the checksum of everything before it."""
     body = manifest.model_dump_json(indent=1).encode()
     digest = compute_checksum(body).encode()
+
+    # Put in before the closing brace, so that the file is valid JSON for other tools.
     return body.removesuffix(_END) + _CHECKSUM_FIELD + digest + b'"' + _END
 
 
@@ -234,6 +243,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         DamagedError: the manifest is truncated, altered or invalid.
         NewerFormatError: it was written by a newer dist_ft.
     """
+    # First of all: nothing else in a file with a wrong checksum can be relied on.
     body, _, ending = content.rpartition(_CHECKSUM_FIELD)
     if ending != compute_checksum(body + _END).encode() + b'"' + _END:
         raise DamagedError(
@@ -279,8 +289,11 @@ def parse_folder(name: str) -> CheckpointName | None:
     if match is None:
         return None
 
+    # One name per checkpoint: with more leading zeros, a copy would be a second name for it.
     parsed = CheckpointName(int(match[1]), int(match[2]))
-    return parsed if folder_name(*parsed) == name else None
+    if folder_name(*parsed) != name:
+        return None
+    return parsed
 
 
 def require_same_tensors(
@@ -295,10 +308,14 @@ def require_same_tensors(
     """
 
     def describe(tensors: dict[str, TensorInfo], name: str) -> str:
-        return str(list(tensors[name].shape)) if name in tensors else "absent"
+        if name not in tensors:
+            return "absent"
+        return str(list(tensors[name].shape))
 
+    # Weights that only one of them has differ too.
     for name in sorted(saved.keys() | expected.keys()):
-        in_checkpoint, in_model = describe(saved, name), describe(expected, name)
+        in_checkpoint = describe(saved, name)
+        in_model = describe(expected, name)
         if in_checkpoint != in_model:
             raise CheckpointError(
                 f"{where}: {name} is {in_checkpoint} in the checkpoint and {in_model} in the "

@@ -34,6 +34,7 @@ def select_retained(
         section: the retention settings.
         ranks: rank of the evaluated checkpoints (`rank_by_evaluation`), lowest is best.
     """
+    # The sort is stable: of equally good checkpoints the latest one is retained.
     ranked = sorted((name for name in names if name in ranks), key=lambda name: ranks[name])
     best_names = ranked[: section.keep_best]
     every = section.keep_every_steps
@@ -44,6 +45,7 @@ def select_retained(
         is_milestone = bool(every) and _parse(name).step % every == 0
         if is_recent or name in best_names or is_milestone:
             retained.append(name)
+
     return retained
 
 
@@ -64,9 +66,12 @@ def rank_by_evaluation(
         except CheckpointError as error:
             log.warning("checkpoint %s: its evaluation is unknown: %s", name, error)
             continue
+
+        # NaN stands for "not evaluated", and a loss may be NaN too: neither is a candidate.
         rank = best.sort_key(section.best_by, evaluation.get(section.best_by, math.nan))
         if math.isfinite(rank):
             ranks[name] = rank
+
     return ranks
 
 
@@ -91,28 +96,35 @@ def remove_unretained(
         return start_step is not None and number < attempt and step > start_step
 
     try:
+        # Superseded checkpoints do not count for keep_last: this attempt repeats their steps.
         names = discovery.list_committed(store)
         current = [name for name in names if not is_superseded(name)]
         ranks = rank_by_evaluation(store, current, section)
         retained = {*select_retained(current, section, ranks), latest}
 
+        # A folder of a newer attempt without a manifest may be a save that is being written.
         unretained = [name for name in names if name not in retained]
-        incomplete = [
-            name
-            for name in store.list(discovery.FOLDER)
-            if name not in names and _parse(name).attempt <= attempt
-        ]
+        incomplete: list[str] = []
+        for name in store.list(discovery.FOLDER):
+            if name not in names and _parse(name).attempt <= attempt:
+                incomplete.append(name)
+
+        # Shared files last: until then a manifest may refer to them.
         remove_checkpoints(store, unretained + incomplete)
         remove_unused_shared_files(store, attempt)
     except StorageError as error:
+        # The new checkpoint is committed all the same. The next save tries again.
         log.warning("old checkpoints were not removed: %s", error)
 
 
 def remove_unused_shared_files(store: Store, attempt: int) -> None:
     """Remove files of frozen weights, of attempts up to `attempt`, that no checkpoint uses."""
     folders = store.list(discovery.FROZEN)
+    # The usual case, in which no manifest has to be read: a single folder is the one in use.
     if len(folders) < 2:
         return
+
+    # With one unreadable manifest it is unknown which files it refers to, so all of them stay.
     try:
         used = _shared_folders_in_use(store)
     except CheckpointError as error:
@@ -130,7 +142,9 @@ def _shared_folders_in_use(store: Store) -> set[str]:
     for tier in Tier:
         for name in discovery.list_committed(store, tier):
             files = discovery.load_manifest(store, name, tier).files
+            # The path starts with the name of the checkpoint that wrote the file.
             used.update(item.path.split("/")[0] for item in files if item.shared)
+
     return used
 
 
@@ -144,6 +158,7 @@ def remove_checkpoints(store: Store, names: Sequence[str], tier: Tier = Tier.STO
         except StorageError as error:
             all_removed = False
             log.warning("checkpoint %s was not removed: %s", name, error)
+
     return all_removed
 
 

@@ -1,8 +1,8 @@
 """Computes how often to save from the cost of a save and the failure rate. No side effects.
 
 Sources: J. W. Young, "A first order approximation to the optimum checkpoint interval", CACM 17
-    (1974); J. T. Daly, "A
-higher order estimate of the optimum checkpoint interval for restart dumps", FGCS 22 (2006).
+(1974); J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps",
+FGCS 22 (2006).
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ def daly_interval_s(cost_s: float, between_failures_s: float) -> float:
         cost_s: seconds of training that one save costs.
         between_failures_s: mean time between failures.
     """
+    # Daly's estimate holds for smaller costs only; for larger ones he gives this value.
     if cost_s >= 2 * between_failures_s:
         return between_failures_s
+
+    # Young's first-order interval sqrt(2 C M), with terms of higher order.
     root = math.sqrt(cost_s / (2 * between_failures_s))
     return math.sqrt(2 * cost_s * between_failures_s) * (1 + root / 3 + root * root / 9) - cost_s
 
@@ -31,6 +34,7 @@ def mean_time_between_failures_s(expected_s: float, trained_s: float, num_failur
 
     The observed one increasingly outweighs the expected one.
     """
+    # As if one failure had been observed in `expected_s` before the run.
     return (expected_s + trained_s) / (1 + num_failures)
 
 
@@ -56,6 +60,7 @@ class SaveCost:
         elif self._step_s is None:
             self._step_s = seconds
         else:
+            # The time of a step changes over a run, so the last ten or so count most.
             self._step_s = 0.9 * self._step_s + 0.1 * seconds
 
     def record_start(self, blocked_s: float) -> None:
@@ -66,9 +71,12 @@ class SaveCost:
 
     def record_end(self) -> None:
         """Record that the save has ended."""
+        # Without a step before the save there is nothing to compare with.
         slowdown_s = 0.0
         if self._step_s is not None:
             slowdown_s = sum(seconds - self._step_s for seconds in self._steps_during_save_s)
+
+        # Noise may make the slowdown negative, and an interval needs a positive cost.
         self.cost_s = max(self._blocked_s + slowdown_s, 1e-3)
 
     def optimal_interval_s(self, between_failures_s: float) -> float | None:
@@ -78,5 +86,7 @@ class SaveCost:
         """
         if self.cost_s is None:
             return None
+
+        # A save that becomes due while another is being written would wait for it.
         shortest_s = MIN_INTERVAL_PER_WRITING * self._writing_s
         return max(daly_interval_s(self.cost_s, between_failures_s), shortest_s)

@@ -110,7 +110,11 @@ class SaveInProgress:
 
     def wait(self) -> None:
         """Wait until writing this worker's files has ended, successfully or not."""
-        wait([self.files, *([self.shared] if self.shared is not None else [])])
+        # `Future.result` would raise the error here; all ranks have to exchange it first.
+        pending = [self.files]
+        if self.shared is not None:
+            pending.append(self.shared)
+        wait(pending)
 
     def problem(self) -> DistFtError | None:
         """Return why this worker's files could not be written; None if they were."""
@@ -128,6 +132,8 @@ def failure_of(future: Future[Any]) -> DistFtError | None:
     error = future.exception()
     if error is None or isinstance(error, DistFtError):
         return error
+
+    # A bug: the traceback stays in this rank's log, and the other ranks get its text.
     log.error("the save failed", exc_info=error)
     return CheckpointError(f"the save failed ({type(error).__name__}: {error})")
 
@@ -142,6 +148,7 @@ def run_synchronously(
         try:
             future.set_result(action(folder))
         except Exception as error:
+            # Not raised: the other ranks have to learn of it as of a failure in the background.
             future.set_exception(error)
         return future
 

@@ -68,9 +68,10 @@ class TaskSettings(NamedTuple):
 
 def find_manifest(store: Store, step: int | None) -> Manifest:
     """Return the manifest of the checkpoint at `step` (default: the latest), its files verified."""
-    latest = discovery.find_latest(store, World(), Collectives()) if step is None else None
-    if latest is not None:
-        return latest
+    if step is None:
+        latest = discovery.find_latest(store, World(), Collectives())
+        if latest is not None:
+            return latest
 
     names = discovery.list_committed(store)
     if not names:
@@ -79,8 +80,12 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
             "(<storage>/<name>)."
         )
 
-    # reversed: of two checkpoints of one step, that of the latest attempt is used
-    names_by_step = {(manifests.parse_folder(name) or (0, 0))[0]: name for name in reversed(names)}
+    # Names come latest first. Reversed, of two checkpoints of one step that of the latest attempt
+    # is written last and wins.
+    names_by_step: dict[int, str] = {}
+    for name in reversed(names):
+        names_by_step[discovery.sort_key(name).step] = name
+
     if step not in names_by_step:
         available = ", ".join(str(found) for found in sorted(names_by_step))
         raise CheckpointError(
@@ -95,7 +100,10 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
 
 def find_best_step(store: Store) -> int:
     """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
-    metric = str((read_stored_config(store).get("checkpoint") or {}).get("best_by", "loss"))
+    # The config of a run of an older version may lack the section or the field.
+    section = read_stored_config(store).get("checkpoint") or {}
+    metric = str(section.get("best_by", "loss"))
+
     history = []
     for name in discovery.list_committed(store):
         manifest = discovery.load_manifest(store, name)
@@ -124,6 +132,7 @@ def load_trained_model(
     """
     import torch
 
+    # Before the model is loaded, which takes minutes for a large one.
     method = load_tuning(store).method
     if method in ADAPTER_METHODS and method not in MERGEABLE_METHODS:
         raise CheckpointError(
@@ -135,10 +144,14 @@ def load_trained_model(
     if method not in ADAPTER_METHODS:
         return TrainedModel(model.eval(), tokenizer)
 
+    # Merging is checked on the model itself: an adapter that does not fit its weights, or a layer
+    # that merges wrongly, changes the logits.
     with torch.no_grad():
         before = probe_outputs(model.eval())
         tuning.merge_adapters(model)
-        difference = (probe_outputs(model) - before).abs().max().item() / before.abs().max().item()
+        change = (probe_outputs(model) - before).abs().max().item()
+        difference = change / before.abs().max().item()
+
     if difference > MAX_MERGE_DIFFERENCE:
         raise CheckpointError(
             f"{store.redacted_url()}: merging the adapter changes the logits (relative difference "
@@ -156,14 +169,19 @@ def _convert_dtype(model: Any, task: TaskSection, dtype: torch.dtype) -> Any:
     import torch
 
     converted = model_from_config(model.config, task, dtype)
+    targets: dict[str, torch.Tensor] = dict(converted.named_parameters())
+
+    # The state dict has only the buffers that are saved.
     buffers = dict(converted.named_buffers())
-    targets = dict(converted.named_parameters()) | {
-        name: converted.get_buffer(name) for name in converted.state_dict() if name in buffers
-    }
+    for name in converted.state_dict():
+        if name in buffers:
+            targets[name] = converted.get_buffer(name)
+
     values = model.state_dict()
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(values[name])
+
     return converted.eval()
 
 
@@ -188,14 +206,18 @@ def load_task_settings(store: Store) -> TaskSettings:
     if prompting.method == "none":
         return TaskSettings(task, prompting)
 
+    # From the config if it names them, else those that the run found in its data.
     labels = (
         task.labels
         or tuple(prompting.verbalizers)
         or tuple(json.loads(store.read("data/labels.json")))
     )
+
+    # The examples that the run drew, so that prompts are the same as in training.
     if prompting.shots:
         templates = tuple(json.loads(store.read("data/examples.json")))
         prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
+
     return TaskSettings(task.model_copy(update={"labels": labels}), prompting)
 
 
@@ -208,6 +230,8 @@ def load_checkpoint_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+    # transformers reads from a local folder only.
     with tempfile.TemporaryDirectory() as folder:
         if "config.json" not in store.child(MODEL_FOLDER).download(folder):
             raise CheckpointError(
@@ -217,12 +241,20 @@ def load_checkpoint_model(
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    torch_dtype = getattr(torch, dtype) if dtype else config.dtype or torch.float32
-    section, task = load_tuning(store), load_task(store)
-    has_adapter = section.method in ADAPTER_METHODS
-    model = model_from_config(config, task, torch.float32 if has_adapter else torch_dtype)
+    torch_dtype = config.dtype or torch.float32
+    if dtype:
+        torch_dtype = getattr(torch, dtype)
+
+    # Adapters are merged in float32: in bfloat16 a small update would be rounded away.
+    section = load_tuning(store)
+    task = load_task(store)
+    load_dtype = torch_dtype
+    if section.method in ADAPTER_METHODS:
+        load_dtype = torch.float32
+    model = model_from_config(config, task, load_dtype)
     peft_model = tuning.apply_tuning(model, section, 0, task)
 
+    # Fragments are found by flat offsets, which alone would also fit a smaller model.
     parameters = dict(model.named_parameters())
     shapes = {
         name: TensorInfo(shape=tuple(parameter.shape)) for name, parameter in parameters.items()
@@ -236,6 +268,7 @@ def load_checkpoint_model(
     with torch.no_grad():
         for name, values in read_tensors(reader, manifest, targets, trained_key):
             targets[name].copy_(values)
+
     return CheckpointModel(model.eval(), peft_model, tokenizer, torch_dtype)
 
 
@@ -246,9 +279,12 @@ def _key_of_trained_weights(store: Store, average: bool | None) -> str:
             f"--ema: the run at {store.redacted_url()} has no average of its weights. --ema is "
             "allowed for runs with tuning.ema_decay. Export it without --ema."
         )
+
+    # By default, the weights whose evaluation the user saw.
     if average is None:
         evaluation = read_stored_config(store).get("evaluation") or {}
         average = evaluation.get("weights") == "ema"
+
     return "ema" if average else "param"
 
 
@@ -271,9 +307,13 @@ def read_tensors(
     """
     import torch
 
-    keys = {
-        name: key for name, key in sorted(reader.keys()) if key in (trained_key, "frozen", "buffer")
-    }
+    # All other keys are optimizer state. A weight that became trainable in a later attempt has two
+    # keys, as the shared files still have its frozen values: sorted, "param" comes last and wins.
+    keys: dict[str, str] = {}
+    for name, key in sorted(reader.keys()):
+        if key in (trained_key, "frozen", "buffer"):
+            keys[name] = key
+
     missing = sorted(set(manifest.tensors) - set(keys))
     if missing:
         raise CheckpointError(
@@ -286,6 +326,8 @@ def read_tensors(
         FragmentRequest(i, name, keys[name], 0, targets[name].numel())
         for i, name in enumerate(names)
     ]
+
+    # Values come in the order in which they are complete, which is not that of `names`.
     for index, values in reader.read_many(requests):
         name = names[index]
         yield name, torch.from_numpy(values).view(targets[name].shape)

@@ -48,6 +48,7 @@ class _Throttle:
 
     def wait_for(self, num_bytes: int) -> None:
         """Wait until `num_bytes` more may be sent, and count them as sent."""
+        # An average since the start, so that a slow file may be made up for by later ones.
         if self._bytes_per_s:
             allowed_at = self._started + self._sent_bytes / self._bytes_per_s
             time.sleep(max(0.0, allowed_at - time.monotonic()))
@@ -94,15 +95,18 @@ class Writer:
         running: list[Future[FileEntry]] = []
         try:
             for number, layout in enumerate(plan_files(selected)):
+                # Bounds the memory for values that are not in host memory, and ends early after an
+                # error.
                 if number >= MAX_PENDING_FILES:
                     running[number - MAX_PENDING_FILES].result()
+
                 throttle.wait_for(layout.num_bytes)
                 buffers = layout.as_buffers(selected)
                 running.append(self.submit(partial(self._write_file, folder, number, buffers)))
         finally:
-            wait(
-                running
-            )  # the caller removes the files of a failed save: nothing may be written after that
+            # The caller removes the files of a failed save: nothing may be written after that.
+            wait(running)
+
         return [file.result() for file in running]
 
     def prepare(self, state: Sequence[StateSlice], include_unowned: bool = False) -> None:
@@ -117,23 +121,31 @@ class Writer:
         addresses = [
             _SliceAddress(part.name, part.key, part.offset, part.numel) for part in ordered
         ]
-        is_planned = addresses == self._addresses and (self._has_unowned or not include_unowned)
-        if is_planned:
+
+        # The plan changes if an engine gets state that it did not have before.
+        has_all_slices = self._has_unowned or not include_unowned
+        if addresses == self._addresses and has_all_slices:
             return
 
+        # Copies from a GPU run in the background only if their target is pinned.
         owned = [part for part in ordered if part.owned]
-        pin_memory = any(part.read().is_cuda for part in owned[:1])
+        pin_memory = bool(owned) and owned[0].read().is_cuda
+
+        # Owned slices have files of their own, so that a snapshot without the others is a prefix.
         layouts = plan_files(owned)
         num_owned_files = len(layouts)
         if include_unowned:
             layouts += plan_files(ordered, len(owned))
+
+        # Filled with 1, since the system provides pages of zeros only when they are first written.
         buffers = [
             torch.zeros(layout.num_bytes, dtype=torch.uint8, pin_memory=pin_memory).fill_(1)
             for layout in layouts
         ]
 
         # Set last and together: after an error above, the next call must plan again.
-        self._layouts, self._buffers = layouts, buffers
+        self._layouts = layouts
+        self._buffers = buffers
         self._num_owned_files = num_owned_files
         self._has_unowned = include_unowned
         self._addresses = addresses
@@ -147,20 +159,28 @@ class Writer:
         """
         self.prepare(state, include_unowned)
         ordered = _owned_first(state)
-        num_files = len(self._layouts) if include_unowned else self._num_owned_files
+        num_files = self._num_owned_files
+        if include_unowned:
+            num_files = len(self._layouts)
 
         for layout, content in zip(self._layouts[:num_files], self._buffers, strict=False):
             layout.copy_into(ordered, content)
+
+        # The copies must have ended before other threads read the buffers.
         if self._buffers and self._buffers[0].is_pinned():
             torch.cuda.synchronize()
+
         return self.submit(lambda: self._write_snapshot(folder, num_files))
 
     def submit(self, action: Callable[[], T]) -> Future[T]:
         """Run `action` in the background."""
+        # One thread more than files: the task that starts them waits for them in a thread itself.
         if self._threads is None:
             self._threads = ThreadPoolExecutor(
                 NUM_CONCURRENT_FILES + 1, thread_name_prefix="checkpoint"
             )
+
+        # With the context, which holds the retry limit of the caller.
         return self._threads.submit(copy_context().run, action)
 
     def close(self) -> None:
@@ -178,9 +198,10 @@ class Writer:
                 running.append(self.submit(write))
             return [file.result() for file in running]
         finally:
+            # As in `write`. Files that have not started would fill the space that is to be freed.
             for file in running:
                 file.cancel()
-            wait(running)  # as in `write`
+            wait(running)
 
     def _write_file(self, folder: Store, number: int, content: Sequence[memoryview]) -> FileEntry:
         path = f"rank-{self._rank:05d}-{number:04d}.safetensors"
@@ -196,4 +217,5 @@ def _bytes_of(content: torch.Tensor) -> memoryview:
 
 def _owned_first(state: Sequence[StateSlice]) -> list[StateSlice]:
     """Return the state slices, those that this worker owns first."""
+    # The sort is stable: both groups keep the engine's order, on which the plan depends.
     return sorted(state, key=lambda part: not part.owned)

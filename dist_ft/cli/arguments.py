@@ -46,6 +46,7 @@ def run_url(run: str, overrides: list[str] | None) -> str:
 
     For a config, storage is configured as the config says.
     """
+    # Imported when a command runs, here as in all commands: `--help` has to be fast.
     from dist_ft.config.load import load_config
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.storage import filesystem

@@ -77,8 +77,11 @@ def export(
         )
 
     quiet_third_parties()
+
+    # A config also brings the options of its storage; a folder has none yet.
+    source = load_config(run, overrides or ()) if is_config_file(run) else run
     changes = api.export(
-        load_config(run, overrides or ()) if is_config_file(run) else run,
+        source,
         out,
         step=step,
         dtype=dtype,
@@ -89,5 +92,7 @@ def export(
     )
     if changes:
         typer.echo(before_after("int8 weights", changes))
+
+    # No other command takes an adapter alone.
     next_step = "" if adapter else f"; next: {api.next_step(out)}"
     typer.echo(f"wrote {out}{next_step}")

@@ -17,6 +17,7 @@ def report_error(error: Exception) -> int:
     if isinstance(error, DistFtError):
         return _print_failure(_message(error), error.exit_code, error)
 
+    # Too little memory, or the end of another worker, is no bug of dist_ft.
     explained = explain_library_error(error)
     text = _unexpected(error) if explained is None else _message(explained)
     return _print_failure(text, 1, error)
@@ -27,6 +28,7 @@ def leave(code: int) -> None:
 
     A process that joined a torch process group ends through `runtime.local`, if that was imported.
     """
+    # Not imported here: a command that never trained must not wait for torch in order to end.
     local = sys.modules.get("dist_ft.runtime.local")
     exit_process = local.exit_process if local else sys.exit
     exit_process(code)
@@ -44,7 +46,10 @@ def _print_failure(text: str, code: int, error: BaseException) -> int:
 
         from dist_ft.core.logs import redact
 
+        # The arguments of library calls are in a traceback, and with them URLs and tokens.
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+
+    # After the traceback, so that the message is the last line on the screen.
     print(text, file=sys.stderr)
     return code
 
@@ -56,10 +61,13 @@ def _unexpected(error: Exception) -> str:
 
     from dist_ft.core.logs import redact
 
+    # Kept for the bug report: the user may have closed the terminal by then.
     with tempfile.NamedTemporaryFile(
         "w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8"
     ) as file:
         file.write(redact("".join(traceback.format_exception(error))))
+
+    # On one line: the whole text is in the file.
     summary = redact(" ".join(str(error).split()))[:200]
     return (
         f"dist-ft: unexpected {type(error).__name__}: {summary}. This is a bug in dist_ft. "

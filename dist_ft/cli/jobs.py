@@ -133,7 +133,10 @@ def submit(
         any_version,
     )
     prepared = submission.prepare(load_config(config, overrides or ()), options, _print_status)
-    server, request, running = prepared.server, prepared.request, prepared.running_job
+    server = prepared.server
+    request = prepared.request
+    running = prepared.running_job
+
     if print_only:
         typer.echo(request.submit_command(redact(server.url), bool(server.headers)))
         return
@@ -143,18 +146,18 @@ def submit(
         submission.submit(server, request)
         _print_status(f"job {name} is submitted to {server.display_url}")
     else:
+        # Two jobs of one run would compete for its checkpoints. The command contains the config.
         name = str(running["submission_id"])
-        config_changed = running.get("entrypoint") != request.entrypoint
-        note = (
-            ". It was started with another config and keeps it. Stop it first to change it."
-            if config_changed
-            else ""
-        )
+        note = ""
+        if running.get("entrypoint") != request.entrypoint:
+            note = ". It was started with another config and keeps it. Stop it first to change it."
         _print_status(f"attached to job {name} of this run ({running['status']}){note}")
 
     if no_wait:
         typer.echo(f"next: dist-ft jobs logs --follow {name}")
         return
+
+    # Ctrl-C ends this command, not the job, which is a process of the cluster.
     try:
         _follow(server, name)
     except KeyboardInterrupt as error:
@@ -176,14 +179,18 @@ def list_jobs(address: Address = None) -> None:
     """
     from dist_ft.cluster.jobs import job_request, submission
 
-    jobs = [
-        job
-        for job in submission.server_at(address).jobs()
-        if job_request.RUN_KEY in (job.get("metadata") or {})
-    ]
+    # The cluster may run other jobs too.
+    jobs = []
+    for job in submission.server_at(address).jobs():
+        if job_request.RUN_KEY in (job.get("metadata") or {}):
+            jobs.append(job)
+
+    # A pending job has no start time yet.
     for job in sorted(jobs, key=lambda job: job.get("start_time") or 0):
         typer.echo(_describe(job))
-    typer.echo(f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}")
+
+    plural = "" if len(jobs) == 1 else "s"
+    typer.echo(f"{len(jobs)} job{plural}")
 
 
 def status(name: Job, address: Address = None) -> None:
@@ -200,7 +207,10 @@ def status(name: Job, address: Address = None) -> None:
 
     job = submission.server_at(address).job(name)
     typer.echo(_describe(job))
-    raise typer.Exit(job_request.exit_code(job) if job["status"] in job_request.ENDED else 0)
+
+    # The exit code makes the command usable in scripts that wait for a job.
+    has_ended = job["status"] in job_request.ENDED
+    raise typer.Exit(job_request.exit_code(job) if has_ended else 0)
 
 
 def logs(
@@ -224,10 +234,14 @@ def logs(
     from dist_ft.core.logs import redact
 
     server = submission.server_at(address)
+
+    # Raises an error for an unknown name.
     server.job(name)
     if not follow:
+        # The job redacts the secrets of its nodes; this one, those of this machine.
         typer.echo(redact(server.log(name)), nl=False)
         return
+
     try:
         _follow(server, name)
     except KeyboardInterrupt as error:
@@ -271,6 +285,8 @@ def _describe(job: Any) -> str:
     has_ended = job["status"] in job_request.ENDED
     code = f", exit code {job_request.exit_code(job)}" if has_ended else ""
 
+    # Without an exit code the job failed before its command ran (its environment could not be
+    # built), and Ray's message is the only explanation. Otherwise the log has a better one.
     reason = ""
     message_lines = (job.get("message") or "").strip().splitlines()
     never_started = job["status"] == "FAILED" and job.get("driver_exit_code") is None
@@ -282,9 +298,11 @@ def _describe(job: Any) -> str:
 
 
 def _write(text: str) -> None:
+    # Flushed, as a log that is followed may end in the middle of a line.
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _print_status(text: str) -> None:
+    # On stderr: stdout holds the log of the job alone.
     typer.echo(f"dist-ft: {text}", err=True)

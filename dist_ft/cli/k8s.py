@@ -110,6 +110,8 @@ def render(
             ],
             "k8s render",
         )
+
+    # None: not given, so that the option's default applies.
     given = {
         "image": image,
         "namespace": namespace,
@@ -119,6 +121,9 @@ def render(
     }
     options = parse_options(given, more or ())
     run = load_config(config, overrides or ())
+
+    # Memory follows from the number of parameters. With 0, if they cannot be counted here, sizing
+    # takes the number from the model's name.
     if not options.parameters:
         counted = count_parameters(run, model_config) or 0
         options = options.model_copy(update={"parameters": counted})
@@ -129,15 +134,20 @@ def render(
         files = rendering.render_objects(run, options, overlay, component or ())
         texts = rendering.render_folder(files)
 
+    # On stdout next to files, on stderr if stdout holds the manifests.
     folder = kustomize or out
     for name, arithmetic in describe_sizing(compute_sizing(run, options)):
         typer.echo(f"{name:<12}{arithmetic}", err=not folder)
+
+    # One stream for `kubectl apply -f -`.
     if not folder:
         documents = [document for file in files.values() for document in file]
         typer.echo(rendering.to_yaml(documents), nl=False)
         return
 
     rendering.write_files(texts, folder)
+
+    # With kustomize, an overlay is what is checked and applied.
     overlay_folder = "/overlays/production" if kustomize else ""
     typer.echo(
         f"wrote {len(texts)} files below {folder}; next: dist-ft k8s check {folder}{overlay_folder}"
@@ -181,9 +191,12 @@ def check(
     from dist_ft.cluster.k8s import check as checking
     from dist_ft.core.errors import ConfigError
 
+    # Notes say what could not be checked (a kind without a schema). They are no problems.
     report = checking.check(paths, crd, kubernetes)
     for note in report.notes:
         typer.echo(f"note: {note}", err=True)
+
     if report.problems:
         raise ConfigError(report.problems, "k8s check")
+
     typer.echo(f"{report.checked} objects: ok")

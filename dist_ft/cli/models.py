@@ -84,19 +84,24 @@ def evaluate(
     quiet_third_parties()
     run = load_config(config, overrides or ())
     results = evaluate_models(run, model or [run.model.path], random_head)
+
     if json:
         import json as encoder
 
         typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
 
-    names = dict.fromkeys(
-        name for metrics in results.values() for name in tables.scalar_names(metrics)
-    )
+    # Models need not have the same metrics: one scored by several prompts also has a best and a
+    # worst of each. A dictionary as an ordered set.
+    names: dict[str, None] = {}
+    for metrics in results.values():
+        names |= dict.fromkeys(tables.scalar_names(metrics))
+
     rows = []
     for name in names:
         values = [tables.number(metrics.get(name)) for metrics in results.values()]
         rows.append([tables.label(name), *values])
+
     heads = [path + HEAD_NOTES.get(metrics["head"], "") for path, metrics in results.items()]
     held_out = ", ".join(source.path for source in run.evaluation.data)
     typer.echo(format_table(f"{tables.label(run.task.name)} on {held_out}", rows, ["", *heads]))
@@ -164,6 +169,8 @@ def predict(
         max_new_tokens=max_new_tokens,
         strategy=strategy,
     )
+
+    # A folder may already hold shards of an interrupted call: these numbers are those of this one.
     if out.endswith(".jsonl"):
         typer.echo(f"{written.rows:,} rows in {out}")
     else:
@@ -211,17 +218,20 @@ def decode(
     quiet_third_parties()
     run = load_config(config, overrides or ())
     results = compare(run, model or [run.model.path], strategy or [])
+
     if json:
         import json as encoder
 
         typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
 
+    # All strategies are scored by the same metrics, so the names of the first result suffice.
     names = tables.scalar_names(results[0])
     rows = []
     for result in results:
         values = [tables.number(result[name]) for name in names]
         rows.append([result["strategy"], result["model"], *values])
+
     held_out = ", ".join(source.path for source in run.evaluation.data)
     columns = ["", "model", *map(tables.label, names)]
     typer.echo(format_table(f"generations on {held_out}", rows, columns))

@@ -55,6 +55,8 @@ def plan(
     resources = run_plan.plan(
         load_config(config, overrides or ()), model_config=model_config, gpu=gpu, num_gpus=gpus
     )
+
+    # JSON has bytes, for programs; the text has rounded GiB.
     if as_json:
         typer.echo(json.dumps(resources, indent=2))
     else:

@@ -111,6 +111,8 @@ def report(
 
     url = run_url(run, overrides)
     content = gather(url)
+
+    # Only attributions load the model and heavy libraries. All else is what the run stored.
     if attributions and content["examples"]:
         from dist_ft.core.logs import quiet_third_parties
         from dist_ft.inference.attributions import attribute
@@ -145,10 +147,12 @@ def verify(run: Run, overrides: Overrides = None) -> None:
     from dist_ft.core.logs import redact
     from dist_ft.runs import catalog
 
+    # Printed one by one: reading every byte of a large checkpoint takes minutes.
     damaged = False
     for name, problem in catalog.verify(run_url(run, overrides)):
         damaged |= bool(problem)
         typer.echo(redact(f"{name}: {problem or 'ok'}"))
+
     if damaged:
         raise typer.Exit(1)
 
@@ -174,6 +178,7 @@ def diff(
         raise ConfigError(
             [f"--step: got {len(step)} steps, expected 2. Use --step A --step B."], "runs diff"
         )
+
     typer.echo(catalog.diff(run_url(run, overrides), *step))
 
 
@@ -207,13 +212,16 @@ def prune(
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.runs import catalog
 
+    # The options replace the run's own retention, which the run has applied already.
     section = CheckpointSection(
         keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best
     )
     removed = catalog.prune(run_url(run, overrides), section, yes)
+    verb = "removed" if yes else "would remove"
     for name in removed:
-        typer.echo(f"{'removed' if yes else 'would remove'}: {name}")
+        typer.echo(f"{verb}: {name}")
 
-    count = f"{len(removed)} checkpoint{'s' if len(removed) != 1 else ''}"
+    plural = "" if len(removed) == 1 else "s"
+    count = f"{len(removed)} checkpoint{plural}"
     hint = "; add --yes to remove" if removed and not yes else ""
     typer.echo(count + hint)

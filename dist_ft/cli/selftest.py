@@ -66,13 +66,13 @@ def drill(
     from dist_ft.selftest import drill as fault_drill
     from dist_ft.selftest.drill_scenarios import NAMES
 
+    # The first scenario is the run without faults, which all others are compared with.
     _require_known("--scenario", scenario or (), NAMES[1:], "drill")
     quiet_third_parties()
     _interrupt_on_sigterm()
 
     if _is_missing_or_override(config):
-        all_overrides = [*([config] if config else []), *(overrides or ())]
-        run = load_config(DEFAULT_CONFIG, all_overrides)
+        run = load_config(DEFAULT_CONFIG, _all_overrides(config, overrides))
     else:
         run = load_config(config or "", overrides or ())
     report = fault_drill.run(run, scenario or (), keep, typer.echo)
@@ -80,6 +80,8 @@ def drill(
     typer.echo(fault_drill.describe(report))
     if json_out is not None:
         Path(json_out).write_text(fault_drill.as_json(report))
+
+    # After everything is written: a failed scenario is when the results are needed.
     if not report.passed:
         raise typer.Exit(1)
 
@@ -133,9 +135,9 @@ def selftest(
     quiet_third_parties()
     _interrupt_on_sigterm()
 
+    # Without a config, the number of workers follows from the GPUs of this machine.
     if _is_missing_or_override(config):
-        all_overrides = [*([config] if config else []), *(overrides or ())]
-        run = self_test.detect_config(DEFAULT_CONFIG, all_overrides)
+        run = self_test.detect_config(DEFAULT_CONFIG, _all_overrides(config, overrides))
     else:
         run = load_config(config or "", overrides or ())
     report = self_test.run(run, check or (), keep, typer.echo)
@@ -144,8 +146,10 @@ def selftest(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "selftest.json").write_text(self_test.as_json(report), "utf-8")
     (folder / "selftest.md").write_text(to_markdown(report), "utf-8")
+
     typer.echo(self_test.describe(report))
     typer.echo(f"wrote selftest.json and selftest.md in {out}; attach them to a bug report")
+
     if not report.passed:
         raise typer.Exit(1)
 
@@ -156,11 +160,12 @@ def _require_known(
     """Raise ConfigError with one line for each name that is not allowed."""
     from dist_ft.core.errors import ConfigError
 
-    problems = [
-        f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}. Use one of these."
-        for name in names
-        if name not in allowed
-    ]
+    problems = []
+    for name in names:
+        if name not in allowed:
+            problems.append(
+                f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}. Use one of these."
+            )
     if problems:
         raise ConfigError(problems, command)
 
@@ -169,9 +174,18 @@ def _interrupt_on_sigterm() -> None:
     """Make SIGTERM act as Ctrl-C, so that this command stops the runs that it started."""
     import signal
 
+    # By default SIGTERM ends a process at once; the runs, other processes, would be left behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _all_overrides(config: str | None, overrides: list[str] | None) -> list[str]:
+    """Return the overrides, of which the argument CONFIG may be the first."""
+    first = [config] if config else []
+    return [*first, *(overrides or ())]
 
 
 def _is_missing_or_override(config: str | None) -> bool:
     """Return whether the argument CONFIG is missing, or is the first override instead of a file."""
+    # CONFIG is optional, so the parser takes the first argument for it, whatever it is. The name of
+    # a file may contain "=" too.
     return config is None or ("=" in config and not is_config_file(config))

@@ -57,6 +57,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from dist_ft.runtime.preflight import check_run
 
     quiet_third_parties()
+    # Also with problems in the config: the user gets those of model, data and machine at once.
     run, problems, source = inspect_config(config, overrides or ())
     problems = problems + check_run.check(run, is_complete=not problems)
     if problems:

@@ -33,6 +33,7 @@ def tune(
     from dist_ft.workflows.search_report import as_text
 
     quiet_third_parties()
+    # The report is printed at the end; meanwhile each trial has its lines of progress.
     report = api.tune(config, search, overrides or (), report_line=typer.echo)
     typer.echo(as_text(report))
     typer.echo(f"wrote search.json, search.md and search.png in {report['url']}")

@@ -45,6 +45,8 @@ def assemble(mapping: Mapping[str, Any]) -> Assembled[RunConfig]:
     """Return the config in `mapping`; problems of fields come first, then contradictions."""
     problems: list[str] = []
     config = cast(RunConfig, _section(RunConfig, mapping, "", problems))
+
+    # A broken field must not hide contradictions elsewhere: users get all lines at once.
     return Assembled(config, problems + contradictions(config, whole=not problems))
 
 
@@ -60,9 +62,14 @@ def assemble_stored(mapping: Mapping[str, Any]) -> Assembled[RunConfig]:
 def assemble_stored_section(model: type[S], mapping: Mapping[str, Any], name: str) -> Assembled[S]:
     """As `assemble_stored`, for the one section `name` of a stored config."""
     migrated = renames.RUN.migrate(mapping, name)
-    problems = list(_unknown_stored_fields(model, migrated, f"{name}." if name else ""))
+
+    # Unknown fields are taken out before the rest is checked. `_section` would report them as the
+    # user's misspellings, with a remedy that does not fit a file that dist_ft wrote.
+    prefix = f"{name}." if name else ""
+    problems = list(_unknown_stored_fields(model, migrated, prefix))
     if problems:
         migrated = _without_unknown(model, migrated)
+
     section = cast(S, _section(model, migrated, name, problems))
     return Assembled(section, problems)
 
@@ -78,6 +85,7 @@ def _unknown_stored_fields(
                 "not know it. Use the version that stored it."
             )
             continue
+
         section = section_of(model.model_fields[key])
         if section and isinstance(value, Mapping):
             yield from _unknown_stored_fields(section, value, f"{prefix}{key}.")
@@ -89,7 +97,9 @@ def _without_unknown(model: type[Section], mapping: Mapping[str, Any]) -> dict[s
     for name, info in model.model_fields.items():
         if name not in mapping:
             continue
-        section, value = section_of(info), mapping[name]
+
+        value = mapping[name]
+        section = section_of(info)
         if section and isinstance(value, Mapping):
             value = _without_unknown(section, value)
         known[name] = value
@@ -106,12 +116,17 @@ def _section(model: type[Section], value: Any, path: str, problems: list[str]) -
                 f"{', '.join(model.model_fields)}. Indent its fields below {path}:"
             )
             return _partial(model, {})
+
+        # An absent section, or "data:" without lines below it, which YAML reads as null.
         value = {}
+
+    # In the order of the schema, so that lines about fields do not depend on the file's order.
     given = _known_entries(model, value, prefix, problems)
     valid: dict[str, Any] = {}
     for name, info in model.model_fields.items():
         section = section_of(info)
         if section:
+            # Also if the section is absent: it may have required fields, each of which gets a line.
             valid[name] = _section(section, given.get(name), prefix + name, problems)
         elif name not in given:
             if info.is_required():
@@ -120,6 +135,7 @@ def _section(model: type[Section], value: Any, path: str, problems: list[str]) -
                 valid[name] = info.get_default(call_default_factory=True)
         else:
             _field(model, name, given[name], prefix + name, valid, problems)
+
     return _partial(model, valid)
 
 
@@ -127,20 +143,27 @@ def _known_entries(
     model: type[Section], value: Mapping[str, Any], prefix: str, problems: list[str]
 ) -> dict[str, Any]:
     """Return the entries of `value` that the section has; a misspelled one under its right name."""
+    # Correct keys first, so that a misspelled one never replaces the value of a correct one. YAML
+    # keys may be numbers.
     given = {str(key): item for key, item in value.items() if str(key) in model.model_fields}
     for key, item in value.items():
         if str(key) in model.model_fields:
             continue
+
+        # A renamed key has a certain answer; only other keys need a guess.
         path = f"{prefix}{key}"
-        line, meant = renames.RUN.field_problem(path), renames.RUN.fields.get(path)
+        line = renames.RUN.field_problem(path)
+        meant = renames.RUN.fields.get(path)
         if line is None:
             line, meant = unknown_key(path, item)
         problems.append(line)
 
-        # Check the value as that of the field that was meant.
+        # Check the value as that of the field that was meant, unless that is in another section: it
+        # has been checked, or will be, without this value.
         parent, _, leaf = (meant or "").rpartition(".")
         if leaf in model.model_fields and parent == prefix.rstrip("."):
             given.setdefault(leaf, item)
+
     return given
 
 
@@ -154,13 +177,17 @@ def _field(
 ) -> None:
     """Check one value: put it into `valid`, or add a line for each problem of it."""
     info = model.model_fields[name]
+
+    # Continue with the new name of the value, which gets no second line as an invalid choice.
     renamed = renames.RUN.value_problem(path, value)
     if renamed is not None:
         problems.append(renamed)
         value = renames.RUN.new_value(path, value)
+
     if _is_pseudo_number(value, info):
         problems.append(wrong_value(path, info, value))
         return
+
     try:
         valid[name] = _adapter(model, name).validate_python(value)
     except ValidationError as error:
@@ -170,14 +197,18 @@ def _field(
 def _lines(path: str, info: FieldInfo, value: Any, errors: list[Any]) -> list[str]:
     """Return one line for the field, or one for each broken item of a list of sources."""
     items = [error for error in errors if error["loc"] and isinstance(error["loc"][0], int)]
+
+    # For a union pydantic has an error per member, all about the one value: a single line suffices.
     return [_line(path, info, value, error) for error in items or errors[-1:]]
 
 
 def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
     """Return the line for one of pydantic's errors within the field at `path`."""
+    # (), or (index,) of a source, or (index, field) within one.
     location = error["loc"]
     in_list = bool(location) and isinstance(location[0], int)
-    inner_path = ".".join([path, *(str(part) for part in location)])
+    inner_path = ".".join([path, *map(str, location)])
+
     if in_list and len(location) == 1:
         return (
             f"{inner_path}={format_value(error['input'])}: not a source. Allowed: a path, or a "
@@ -196,20 +227,28 @@ def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
 
 def _is_pseudo_number(value: Any, info: FieldInfo) -> bool:
     """Whether pydantic would take `value` for a number although it is none: true, infinity."""
+    # bool is a subclass of int in Python, so true would count as 1.
     if isinstance(value, bool):
         return info.annotation is not bool
     return isinstance(value, float) and not math.isfinite(value)
 
 
+# Building an adapter compiles a validator. A search assembles the config of every trial.
 @cache
 def _adapter(model: type[Section], name: str) -> TypeAdapter[Any]:
     info = model.model_fields[name]
-    kind: Any = Annotated[(info.annotation, *info.metadata)] if info.metadata else info.annotation
+
+    # pydantic keeps bounds and validators apart from the type; together they check as the model.
+    kind: Any = info.annotation
+    if info.metadata:
+        kind = Annotated[(info.annotation, *info.metadata)]
     return TypeAdapter(kind)
 
 
 def _partial(model: type[Section], valid: dict[str, Any]) -> Section:
     """Return a section with the fields in `valid` and no others."""
+    # model_construct checks nothing, but fills in defaults: without this, a check would read the
+    # default of a broken field and report a contradiction that the file does not have.
     section = model.model_construct(**valid)
     for name in model.model_fields:
         if name not in valid:

@@ -13,10 +13,12 @@ from typing import Any
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import QUERY_SECRET, USERINFO
 
+# `key` counts only as a whole name: it is the access key of s3fs.
 _NAME = re.compile(
     r"(?i)^(key|.*(secret|token|passw|pwd|credential|account_key|access_key|api_key"
     r"|connection_string|authorization).*)$"
 )
+# Options whose names look like those of a credential, but which hold none.
 _NOT_SECRET = frozenset({"requester_pays", "token_uri", "cache_token"})
 _VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -29,6 +31,8 @@ _VARIABLES = {
 
 def secret_problems(config: RunConfig) -> Iterator[str]:
     """Yield a line for each credential in `config`, without its value."""
+    # By name only in storage.options, which goes to libraries as it is. Fields of the schema have
+    # harmless names such as max_new_tokens.
     for protocol, options in config.storage.options.items():
         for path, _ in _leaves(options, f"storage.options.{protocol}"):
             name = path.rpartition(".")[2]
@@ -38,6 +42,8 @@ def secret_problems(config: RunConfig) -> Iterator[str]:
                     f"{path}: looks like a credential, and a config is stored with the run. "
                     f"Credentials come from the environment. Remove it and set {variable}."
                 )
+
+    # By form everywhere: a URL may be in any text.
     for path, value in _leaves(config, ""):
         if isinstance(value, str) and USERINFO.search(value):
             yield (
@@ -53,10 +59,11 @@ def secret_problems(config: RunConfig) -> Iterator[str]:
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of all values that are no section, mapping or list."""
+    # vars, as a broken field is absent: its neighbors still have to be searched.
     if isinstance(value, Section):
-        value = {
-            name: vars(value)[name] for name in type(value).model_fields if name in vars(value)
-        }
+        fields = vars(value)
+        value = {name: fields[name] for name in type(value).model_fields if name in fields}
+
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}" if path else str(key))

@@ -19,6 +19,7 @@ from dist_ft.config import renames
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import redact
 
+# For these fields the type says too little: a pattern, a union, or a list of paths or mappings.
 _ALLOWED = {
     "run.name": (
         "lower-case letters, digits and '-', at most 47, with a letter or digit at both ends"
@@ -45,8 +46,11 @@ _TYPES = {
 }
 MAX_LENGTH = 80
 """Characters of a value in a message."""
+
+# Error types of pydantic. They are part of its documented interface; its texts are not.
 _RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
+# transformers, DeepSpeed, axolotl, TRL: too unlike ours to be found by similarity.
 _NAMES_OF_OTHER_TOOLS = {
     "lr": "optimizer.learning_rate",
     "max_lr": "optimizer.learning_rate",
@@ -84,9 +88,12 @@ _NAMES_OF_OTHER_TOOLS = {
 def section_of(info: FieldInfo) -> type[Section] | None:
     """Return the class of the section that a field holds; None if it holds none."""
     annotation = info.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return None
 
 
+# The schema never changes in a process, and every misspelled key looks all paths up.
 @cache
 def schema_paths() -> dict[str, FieldInfo]:
     """Return all dotted paths of the schema, sections included, in the order of the file."""
@@ -103,6 +110,7 @@ def schema_paths() -> dict[str, FieldInfo]:
 
 def is_text(path: str) -> bool:
     """Whether the field at `path` is a text (or null)."""
+    # An old name counts as its new one, so that its value gets no problem of its own.
     info = schema_paths().get(renames.RUN.fields.get(path, path))
     return info is not None and info.annotation in (str, str | None)
 
@@ -111,16 +119,22 @@ def allowed(path: str, info: FieldInfo) -> str:
     """Return in words the allowed values of the field at `path`."""
     if path in _ALLOWED:
         return _ALLOWED[path]
-    annotation, optional = info.annotation, ""
+
+    # `int | None` is reported as int, with null as another choice.
+    annotation: Any = info.annotation
+    optional = ""
     if type(None) in get_args(annotation):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
         optional = ", or null"
+
     if get_origin(annotation) is Literal:
         choices = ", ".join(str(choice) for choice in get_args(annotation))
         if path == "task.name":
             choices += ", or the import path of a class such as mypackage.tasks:MyTask"
         return f"one of {choices}{optional}"
-    words = _TYPES.get(get_origin(annotation) or annotation, "another value")  # type: ignore[arg-type]
+
+    # The origin of dict[str, float] is dict; a plain type has none.
+    words = _TYPES.get(get_origin(annotation) or annotation, "another value")
     return words + _bounds(info) + optional
 
 
@@ -132,6 +146,7 @@ def _bounds(info: FieldInfo) -> str:
             if hasattr(bound, kind):
                 bounds[kind] = getattr(bound, kind)
 
+    # At most one lower and one upper bound: no field has both ge and gt.
     words = []
     if "ge" in bounds:
         words.append(f"of at least {bounds['ge']}")
@@ -141,7 +156,10 @@ def _bounds(info: FieldInfo) -> str:
         words.append(f"at most {bounds['le']}")
     elif "lt" in bounds:
         words.append(f"below {bounds['lt']}")
-    return " " + " and ".join(words) if words else ""
+
+    if not words:
+        return ""
+    return " " + " and ".join(words)
 
 
 def format_value(value: Any) -> str:
@@ -150,8 +168,12 @@ def format_value(value: Any) -> str:
         text = value
     else:
         text = json.dumps(value, default=str, ensure_ascii=False)
+
+    # Redact before the cut, which could leave a part of a credential that is not recognized.
     text = redact(text)
-    return text if len(text) <= MAX_LENGTH else text[: MAX_LENGTH - 3] + "..."
+    if len(text) <= MAX_LENGTH:
+        return text
+    return text[: MAX_LENGTH - 3] + "..."
 
 
 def _needs_quotes(value: str) -> bool:
@@ -159,11 +181,13 @@ def _needs_quotes(value: str) -> bool:
     try:
         float(value)
     except ValueError:
-        return (
-            value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "~")
-            or value != value.strip()
-        )
-    return True
+        pass
+    else:
+        return True
+
+    # The words of YAML 1.1; and spaces at an end, which nobody would see without quotes.
+    is_word = value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "~")
+    return is_word or value != value.strip()
 
 
 def wrong_value(path: str, info: FieldInfo, value: Any, kind: str = "") -> str:
@@ -180,7 +204,10 @@ def wrong_value(path: str, info: FieldInfo, value: Any, kind: str = "") -> str:
     elif path in _ALLOWED:
         what = "not a valid value"
     else:
-        what = f"not {may_be.split(' of at ')[0].split(' above ')[0].split(',')[0]}"
+        # "a number of at least 0, or null" without bounds and null: "not a number".
+        kind_of_value = may_be.split(" of at ")[0].split(" above ")[0].split(",")[0]
+        what = f"not {kind_of_value}"
+
     return f"{path}={format_value(value)}: {what}. Allowed: {may_be}. {_remedy(info, value)}"
 
 
@@ -190,9 +217,12 @@ def _remedy(info: FieldInfo, value: Any) -> str:
     for part in (info.annotation, *get_args(info.annotation)):
         if get_origin(part) is Literal:
             choices += [str(choice) for choice in get_args(part)]
+
+    # A valid choice may be refused too (a text for a number): "Did you mean 3?" would not help.
     similar = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.6)
     if similar and similar[0] != str(value):
         return f"Did you mean {similar[0]}?"
+
     if info.annotation in (str, str | None) and isinstance(value, int | float):
         return "Put it in quotes."
     if info.is_required() or info.default_factory is not None:
@@ -202,7 +232,10 @@ def _remedy(info: FieldInfo, value: Any) -> str:
 
 def missing_field(path: str, info: FieldInfo) -> str:
     """Return the line for a required field that is missing."""
+    # The first clause of the description says what the field is; details would not fit in a line.
     meaning = (info.description or "").split(". ")[0].split(": ")[0].split(" (")[0].rstrip(".")
+
+    # An override cannot reach a field of a source in a list.
     hint = f", or pass {path}=<value>" if path in schema_paths() else ""
     return f"{path}: missing. Needed: {allowed(path, info)} ({meaning}). Add it{hint}."
 
@@ -219,8 +252,15 @@ def unknown_key(path: str, value: Any) -> UnknownKey:
     paths = schema_paths()
     near = nearest(path)
     parent = path.rpartition(".")[0]
-    section = section_of(paths[near]) if near else not parent and isinstance(value, Mapping)
-    what = "no such section" if section else "no such field"
+
+    # Without a guess, a mapping at the top level must have been meant as a section.
+    if near:
+        is_section = section_of(paths[near]) is not None
+    else:
+        is_section = not parent and isinstance(value, Mapping)
+    what = "no such section" if is_section else "no such field"
+
+    # `schedule.steps: 3` at the top level of a file is one key with a dot in it.
     if path in paths:
         return UnknownKey(
             f"{path}: a dotted key in the file. Sections nest. Write it indented below {parent}:",
@@ -228,6 +268,7 @@ def unknown_key(path: str, value: Any) -> UnknownKey:
         )
     if near:
         return UnknownKey(f"{path}: {what}. Did you mean {near}?", near)
+
     siblings = [name.rpartition(".")[2] for name in paths if name.rpartition(".")[0] == parent]
     where = f" in {parent}" if parent else ""
     return UnknownKey(
@@ -243,23 +284,32 @@ def nearest(path: str) -> str | None:
     """
     paths = schema_paths()
     parent, _, leaf = path.rpartition(".")
-    siblings = [name for name in paths if name.rpartition(".")[0] == parent]
+
+    # Several sections have fields of one name (seed, every_steps): the first in the schema counts.
     leaves: dict[str, str] = {}
+    sibling_leaves = []
     for name in paths:
-        leaves.setdefault(name.rpartition(".")[2], name)
-    close = difflib.get_close_matches(
-        leaf, [name.rpartition(".")[2] for name in siblings], n=1, cutoff=0.75
-    )
+        section, _, name_leaf = name.rpartition(".")
+        leaves.setdefault(name_leaf, name)
+        if section == parent:
+            sibling_leaves.append(name_leaf)
+
+    # A typo within the right section is the most likely mistake.
+    close = difflib.get_close_matches(leaf, sibling_leaves, n=1, cutoff=0.75)
     if close:
         return f"{parent}.{close[0]}" if parent else close[0]
+
     if leaf in leaves:
         return leaves[leaf]
     if leaf in _NAMES_OF_OTHER_TOOLS:
         return _NAMES_OF_OTHER_TOOLS[leaf]
+
     # Within a known section all paths share a prefix, which makes unrelated keys look similar.
     if parent not in paths:
         whole = difflib.get_close_matches(path, list(paths), n=1, cutoff=0.75)
         if whole:
             return whole[0]
+
+    # Stricter than above: over all sections, an unrelated name is more often similar by chance.
     close = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.8)
     return leaves[close[0]] if close else None

@@ -41,15 +41,22 @@ def changes(old: RunConfig, new: RunConfig) -> Changes:
     """Return what differs from `old` to `new`."""
     before = {field.path: field for field in _fields(old)}
     after = {field.path: field for field in _fields(new)}
+
+    # Over the paths of both: a source that was added to a list or removed from it is on one side.
     found = Changes([], [])
     for path in dict.fromkeys([*before, *after]):
         old_value = before[path].value if path in before else None
         new_value = after[path].value if path in after else None
         if old_value == new_value:
             continue
-        is_identity = (before.get(path) or after[path]).is_identity
-        of_kind = found.identity if is_identity else found.operational
-        of_kind.append(Change(path, old_value, new_value))
+
+        change = Change(path, old_value, new_value)
+        field = before.get(path) or after[path]
+        if field.is_identity:
+            found.identity.append(change)
+        else:
+            found.operational.append(change)
+
     return found
 
 
@@ -64,20 +71,22 @@ def check_resume(old_mapping: Mapping[str, Any], new_config: RunConfig) -> list[
             version does not know.
     """
     name = new_config.run.name
+
+    # Stored configs are not checked for contradictions: checks of a newer version must not refuse
+    # a run that is half done.
     stored = assemble_stored(old_mapping)
     if stored.problems:
+        remedy = f"(Use another run.name than {name!r} if the run cannot be repaired.)"
         raise ConfigError(
-            [
-                f"{problem} (Use another run.name than {name!r} if the run cannot be repaired.)"
-                for problem in stored.problems
-            ],
+            [f"{problem} {remedy}" for problem in stored.problems],
             f"stored config of run {name!r}",
         )
+
     identity_changes, operational_changes = changes(stored.section, new_config)
     if identity_changes:
-        raise ConfigError(
-            [_refusal(change, name) for change in identity_changes], f"resume of run {name!r}"
-        )
+        lines = [_refusal(change, name) for change in identity_changes]
+        raise ConfigError(lines, f"resume of run {name!r}")
+
     return operational_changes
 
 
@@ -101,13 +110,20 @@ def _fields(section: Section, prefix: str = "") -> Iterator[_FieldValue]:
     """Yield all fields below `section`; lists of identity sections by item."""
     for name, info in type(section).model_fields.items():
         value = getattr(section, name)
-        path, is_identity = prefix + name, _is_identity(info)
+        path = prefix + name
+        is_identity = _is_identity(info)
+
+        # A section in a union (cluster.workers) is one value: it may be a number next time.
         if isinstance(value, Section) and info.annotation is type(value):
             yield from _fields(value, f"{path}.")
+
+        # By item, so that a refusal names the source that changed rather than the whole list.
         elif isinstance(value, tuple) and value and isinstance(value[0], Section) and is_identity:
             for index, item in enumerate(value):
                 yield from _fields(item, f"{path}.{index}.")
+
         else:
+            # As plain JSON values: both sides compare equal whatever Python types they came from.
             plain = section.model_dump(mode="json", include={name})[name]
             yield _FieldValue(path, plain, is_identity)
 

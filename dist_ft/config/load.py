@@ -81,6 +81,7 @@ def inspect_config(
     Raises:
         ConfigError: the file cannot be read at all.
     """
+    # A mapping cannot have a duplicate key any more; only a file can.
     duplicates: list[str] = []
     if isinstance(path_or_mapping, Mapping):
         source, document = "config", dict(path_or_mapping)
@@ -88,19 +89,27 @@ def inspect_config(
         source = os.fspath(path_or_mapping)
         document, duplicates = read_document(source)
     mapping, invalid_overrides = apply_overrides(document, overrides, is_text)
+
+    # Before the checks, which read the facts of the task. After the overrides, which may name it.
     _import_task(mapping)
     assembled = assemble(mapping)
+
+    problems = [*duplicates, *invalid_overrides, *assembled.problems]
     return InspectedConfig(
         assembled.section,
-        [redact(problem) for problem in (*duplicates, *invalid_overrides, *assembled.problems)],
+        [redact(problem) for problem in problems],
         name_of(source),
     )
 
 
 def _import_task(mapping: Mapping[str, Any]) -> None:
     """Import the task that the user's config names, if it is a class of their own."""
+    # The mapping is not checked yet: anything may stand in the place of the section.
     section = mapping.get("task")
     name = section.get("name") if isinstance(section, Mapping) else None
+
+    # Only here, where the config is the user's own, does a name allow code to run. Configs that
+    # a run or a model stored take other ways, which allow nothing.
     if isinstance(name, str) and IMPORT_PATH.fullmatch(name):
         allow_task(name)
         task_class(name)
@@ -110,8 +119,11 @@ def read_stored_config(store: Store) -> dict[str, Any]:
     """Return a run's stored config as a mapping with the names of this version; {} without one."""
     if not store.exists(STORED):
         return {}
+
     stored, _ = parse_yaml(store.read(STORED).decode())
-    return renames.RUN.migrate(stored) if isinstance(stored, Mapping) else {}
+    if not isinstance(stored, Mapping):
+        return {}
+    return renames.RUN.migrate(stored)
 
 
 def load_stored_config(store: Store) -> RunConfig:
@@ -152,4 +164,5 @@ def resolved_yaml(config: RunConfig) -> str:
     """Return `config` as YAML, defaults included, in the order of the schema."""
     import yaml
 
+    # Unsorted, as people read it: run, model and data come first, as in their own file.
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=110)

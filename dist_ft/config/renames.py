@@ -32,29 +32,41 @@ class Renames:
 
     def restore(self, document: Mapping[str, Any], section: str = "") -> dict[str, Any]:
         """Return a document, or the one `section` of it, with the names of 0.1.0, for hashes."""
+        # Caches and stored results are found by a hash of the fields they depend on. With the new
+        # names every hash would change, and old runs could not use theirs any more.
         fields = {new: old for old, new in self.fields.items()}
-        values = {
-            fields.get(path, path): {new: old for old, new in renamed.items()}
-            for path, renamed in self.values.items()
-        }
+
+        # `_renamed` looks values up by the new path of a field, which here is the old name.
+        values = {}
+        for path, renamed in self.values.items():
+            old_path = fields.get(path, path)
+            values[old_path] = {new: old for old, new in renamed.items()}
         return _renamed(document, section, fields, values)
 
     def problems(self, document: Mapping[str, Any]) -> list[str]:
         """Return a line for each old name at the top level of a user's document."""
         found: list[str | None] = []
         for field, value in document.items():
-            found.append(self.field_problem(str(field)))
-            found.append(self.value_problem(self.fields.get(str(field), str(field)), value))
+            path = str(field)
+            found.append(self.field_problem(path))
+
+            # Old values are listed by the new path of their field.
+            found.append(self.value_problem(self.fields.get(path, path), value))
         return [line for line in found if line is not None]
 
     def field_problem(self, path: str) -> str | None:
         """Return the line for a user's field at `path`; None if that is no old name."""
         new = self.fields.get(path)
-        return f"{path}: renamed to {new} in {VERSION}. Rename it." if new else None
+        if not new:
+            return None
+        return f"{path}: renamed to {new} in {VERSION}. Rename it."
 
     def new_value(self, path: str, value: Any) -> Any:
         """Return the new name of the `value` of the field at `path`, or `value` itself."""
-        return self.values.get(path, {}).get(value, value) if isinstance(value, str) else value
+        # Not checked yet: a value may be a list, which is no key of a dictionary.
+        if not isinstance(value, str):
+            return value
+        return self.values.get(path, {}).get(value, value)
 
     def value_problem(self, path: str, value: Any) -> str | None:
         """Return the line for a user's `value` of the field at `path`; None if not renamed."""
@@ -76,14 +88,18 @@ def _renamed(
         if path in fields:
             path = fields[path]
             key = path.rpartition(".")[2]
+
+        # Sources are lists of mappings and are not searched: no field in them was renamed.
         if isinstance(value, Mapping):
             value = _renamed(value, path, fields, values)
         elif isinstance(value, str):
             value = values.get(path, {}).get(value, value)
         renamed[key] = value
+
     return renamed
 
 
+# Entries are never removed: a run that 0.1.0 stored may be resumed, or compared, at any time.
 RUN = Renames(
     fields={
         "prompting.verbalisers": "prompting.verbalizers",

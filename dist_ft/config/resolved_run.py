@@ -34,6 +34,8 @@ class ResolvedRun:
     model: ModelSection
     labels: tuple[str, ...] = ()
     templates: tuple[str, ...] | None = None
+
+    # Any, as `config` imports no heavy package. Not compared: the config determines it.
     tokenizer: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -43,6 +45,7 @@ class ResolvedRun:
 
     def with_model_folder(self, folder: str) -> ResolvedRun:
         """Return the run with its model in a local folder."""
+        # A revision names a commit of the hub; a local folder has none.
         return replace(self, model=self.model.model_copy(update={"path": folder, "revision": None}))
 
     @property
@@ -55,6 +58,8 @@ class ResolvedRun:
         """The prompting with its examples in place, as encoders take it."""
         if self.templates is None:
             return self.config.prompting
+
+        # The examples are text of the templates now: with shots they would be added a second time.
         return self.config.prompting.model_copy(update={"templates": self.templates, "shots": 0})
 
     @property

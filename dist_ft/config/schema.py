@@ -121,11 +121,16 @@ class RunConfig(Section):
         Tasks with padded batches do not pack, and bucket by default.
         """
         task = task_class(self.task.name)
+
+        # None means the default of the task. Here it gets its value, so that `bucket` is an int for
+        # all who read it.
         if task.reads_formats:
             return self.data.model_copy(update={"bucket": self.data.bucket or 0})
 
         bucket = DEFAULT_BUCKET if self.data.bucket is None else self.data.bucket
         changes: dict[str, Any] = {"pack": False, "bucket": bucket}
+
+        # A context longer than a sequence is cut into windows, whatever data.overlong says.
         if task.always_splits:
             changes["overlong"] = "split"
         return self.data.model_copy(update=changes)
@@ -134,13 +139,17 @@ class RunConfig(Section):
     def max_workers(self) -> int:
         """Maximum number of workers; 0 in one process."""
         workers = self.cluster.workers
-        return workers if isinstance(workers, int) else workers.max
+        if isinstance(workers, int):
+            return workers
+        return workers.max
 
     @property
     def min_workers(self) -> int:
         """Minimum number of workers; 0 in one process."""
         workers = self.cluster.workers
-        return workers if isinstance(workers, int) else workers.min
+        if isinstance(workers, int):
+            return workers
+        return workers.min
 
     @property
     def run_url(self) -> str:

@@ -22,6 +22,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.section import Section
 from dist_ft.core.errors import ConfigError
 
+# 42 characters, so that run names with "-t999" have at most the 47 of run.name.
 NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 DEFAULT_TRIALS = 10
 
@@ -38,6 +39,7 @@ class Range(Section):
 
     @model_validator(mode="after")
     def _is_one(self) -> Range:
+        # pydantic prefixes these texts; `_line` takes the prefix off again.
         if bool(self.values) == (self.low is not None and self.high is not None):
             raise ValueError("either values, or low and high, are needed")
         if self.low is not None and self.high is not None and not self.low < self.high:
@@ -58,13 +60,18 @@ class Range(Section):
 
         low, high = float(self.low or 0), float(self.high or 0)
         if self.is_whole:
-            # Rounding makes both ends as likely as other values.
+            # Half a unit more on both sides makes the ends as likely as other values after
+            # rounding. The 1e-9 keeps a draw at the very edge from being rounded beyond the range.
             low, high = low - 0.5 + 1e-9, high + 0.5 - 1e-9
+
         if self.log:
             value = math.exp(rng.uniform(math.log(low), math.log(high)))
         else:
             value = rng.uniform(low, high)
-        return round(value) if self.is_whole else value
+
+        if self.is_whole:
+            return round(value)
+        return value
 
 
 def _as_range(value: Any) -> Any:
@@ -120,9 +127,11 @@ class SearchSection(Section):
     @property
     def num_trials(self) -> int:
         """Total number of trials."""
+        # A grid ends when its combinations do, whatever `trials` says.
         if self.search == "grid":
             num_combinations = math.prod(len(choice.values) for choice in self.space.values())
             return min(self.trials or num_combinations, num_combinations)
+
         return self.trials or DEFAULT_TRIALS
 
     def point(self, number: int) -> dict[str, Any]:
@@ -131,6 +140,9 @@ class SearchSection(Section):
             combinations = itertools.product(*(choice.values for choice in self.space.values()))
             combination = next(itertools.islice(combinations, number, None))
             return dict(zip(self.space, combination, strict=True))
+
+        # A generator of its own for each trial, so that a resumed search draws the same points
+        # without those before. Seeded by text: Python hashes it by SHA-512, the same everywhere.
         rng = random.Random(f"{self.seed} {number}")
         return {field: choice.draw(rng) for field, choice in self.space.items()}
 
@@ -154,8 +166,13 @@ class Search:
 
     def _inspect(self, values: Mapping[str, Any], number: int) -> InspectedConfig:
         mapping, invalid_overrides = apply_overrides(self._document, self._overrides, is_text)
-        for field, value in {**values, "run.name": f"{self.section.name}-t{number}"}.items():
+
+        # After the overrides, which are the same for all trials. The name is last: it makes the
+        # trial a run of its own, whatever the other fields say.
+        fields = {**values, "run.name": f"{self.section.name}-t{number}"}
+        for field, value in fields.items():
             mapping = with_field(mapping, field.split("."), value)
+
         inspected = inspect_config(mapping)
         return inspected._replace(problems=[*invalid_overrides, *inspected.problems])
 
@@ -164,23 +181,32 @@ class Search:
 
         All points of a grid or random search are checked, and the ends of optuna's ranges.
         """
+        # A dictionary as an ordered set: most problems are those of the base config, in each trial.
         found: dict[str, None] = {}
         for point in self._points_to_check():
             inspected = self._inspect(point, 0)
+
+            # Fields of a broken config may be absent, so they are not read.
             lines = inspected.problems or _trial_problems(inspected.config, self.section)
             found |= dict.fromkeys(lines)
+
         return list(found)
 
     def _points_to_check(self) -> list[dict[str, Any]]:
         section = self.section
         if section.search != "optuna":
             return [section.point(number) for number in range(section.num_trials)]
-        first = {
-            field: (choice.values or (choice.low,))[0] for field, choice in section.space.items()
-        }
-        points = [first]
+
+        # Which points optuna will choose is not known. One field at a time goes through its ends:
+        # all combinations of ends would be 2 to the power of the number of fields.
+        ends_of_fields = {}
         for field, choice in section.space.items():
-            for value in choice.values or (choice.low, choice.high):
+            ends_of_fields[field] = choice.values or (choice.low, choice.high)
+        first = {field: ends[0] for field, ends in ends_of_fields.items()}
+
+        points = [first]
+        for field, ends in ends_of_fields.items():
+            for value in ends:
                 points.append({**first, field: value})
         return points
 
@@ -206,6 +232,7 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
 
     base, duplicates = read_document(config)
     problems += duplicates
+
     if section.search == "grid":
         for field, choice in section.space.items():
             if not choice.values:
@@ -213,6 +240,8 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
                     f"space.{field}: is a range, and a grid needs values. Allowed: a list. List "
                     "some, or use search=random."
                 )
+
+    # The points of a broken search cannot be computed, so trials are only checked without problems.
     search = Search(section, base, overrides)
     problems = problems or search.problems()
     if problems:
@@ -222,9 +251,13 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
 
 def _line(error: Any) -> str:
     """Return the line for one of pydantic's errors."""
-    location, fields = error["loc"], SearchSection.model_fields
+    location = error["loc"]
+    fields = SearchSection.model_fields
+
+    # An unknown key has no description; the fields of the section are what is allowed then.
     info = fields.get(str(location[0])) if location else None
     allowed = str(info.description).rstrip(".") if info else ", ".join(fields)
+
     message = error["msg"].removeprefix("Value error, ").lower()
     return f"{'.'.join(map(str, location))}: {message}. Allowed: {allowed}. Correct it."
 
@@ -238,14 +271,17 @@ def _trial_problems(config: RunConfig, section: SearchSection) -> list[str]:
             f"cluster.workers={config.max_workers}: a trial is one process, and several may run at "
             "the same time. Allowed in a search: 0. Set it."
         )
+
     if not evaluation.data or not (evaluation.is_repeated or evaluation.at_end):
         problems.append(
             "evaluation.data: trials are compared by checkpoint.best_by of their evaluations. "
             "Needs held-out data, and evaluation.every_steps or at_end. Set them."
         )
+
     if section.asha and not evaluation.is_repeated:
         problems.append(
             "asha: a trial can only be stopped after an evaluation. Needs evaluation.every_steps "
             "or every_epochs. Set one."
         )
+
     return problems

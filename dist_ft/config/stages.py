@@ -25,6 +25,7 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 from dist_ft.storage.filesystem import is_local
 
+# As run.name. Names that are too long together are found by the check of the stage's config.
 NAME = r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$"
 
 
@@ -92,8 +93,7 @@ class Stages:
         name: name of the sequence.
         url: folder of the sequence's own files: <run.storage>/<name>.
         metric: metric in the matrix.
-        checkpoint: "latest" or "best": the checkpoint of each stage that is evaluated and that the
-            next stage starts from.
+        checkpoint: "latest" or "best": which one is evaluated and starts the next stage.
         stages: the stages, in order.
     """
 
@@ -124,24 +124,32 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
     document, problems = read_document(path)
     problems += renames.STAGES.problems(document)
     file = _parse(renames.STAGES.migrate(document), path, problems)
+
+    # `_parse` raised if there were problems, so the list starts anew.
     base, problems = read_document(_resolve(path, file.config))
 
     counts = Counter[str]()
     stages: list[Stage] = []
     previous: list[StageSources] = []
     for stage in file.stages:
+        # The overrides of the command line come last: they hold for every stage.
         mapping, stage_problems = _merge(base, stage.overrides)
         mapping = with_field(mapping, ("run", "name"), f"{file.name}-{stage.name}")
         inspected = inspect_config(mapping, overrides)
         config = inspected.config
         stage_problems += inspected.problems
+
         if not stage_problems:
-            own = config.data.train
             stage_problems = list(_replay_problems(config, stage, previous))
             stages.append(Stage(stage.name, _stage_config(config, file, stage, stages, previous)))
-            previous.append(StageSources(stage.name, own))
+
+            # Without this stage's own replay: later stages would replay the first ones repeatedly.
+            previous.append(StageSources(stage.name, config.data.train))
+
         # Problems of the shared config are reported with the first stage only.
-        problems += [f"stage {stage.name}: {line}" for line in stage_problems if not counts[line]]
+        for line in stage_problems:
+            if not counts[line]:
+                problems.append(f"stage {stage.name}: {line}")
         counts.update(stage_problems)
 
     problems += _sequence_problems(file, stages)
@@ -166,11 +174,12 @@ def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> Stage
         for details in errors:
             location = details["loc"]
             if len(location) > 1 or location[0] not in nested:
+                name = ".".join(map(str, location))
                 lines.append(
-                    f"{'.'.join(str(part) for part in location)}: {details['msg'].lower()}. "
-                    f"Allowed: {_allowed(location)}. Correct it."
+                    f"{name}: {details['msg'].lower()}. Allowed: {_allowed(location)}. Correct it."
                 )
         raise ConfigError([*problems, *lines], path) from error
+
     if problems:
         raise ConfigError(problems, path)
     return file
@@ -178,7 +187,9 @@ def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> Stage
 
 def _allowed(location: tuple[Any, ...]) -> str:
     """Return the allowed value of the field at an error's location, or the allowed fields."""
-    section = StageSection if len(location) > 1 and location[0] == "stages" else StagesSection
+    # ("stages", number, field) lies in a stage, (field,) in the file.
+    is_in_stage = len(location) > 1 and location[0] == "stages"
+    section = StageSection if is_in_stage else StagesSection
     info = section.model_fields.get(str(location[-1]))
     return str(info.description).rstrip(".") if info else ", ".join(section.model_fields)
 
@@ -189,6 +200,8 @@ def _resolve(path: str, config: str) -> str:
         return config
     if is_local(path):
         return str(Path(path).parent / config)
+
+    # Not by pathlib, which would make one slash of the two after the protocol.
     return f"{path.rpartition('/')[0]}/{config}"
 
 
@@ -200,13 +213,19 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Document:
         path = str(key).split(".")
         if len(path) > 1:
             result = with_field(result, path, value)
+
+        # A nested section adds to that of the base. Replacing it would drop its other fields.
         elif isinstance(value, Mapping):
             section = result.get(path[0])
-            result[path[0]] = {**(section if isinstance(section, Mapping) else {}), **value}
+            if not isinstance(section, Mapping):
+                section = {}
+            result[path[0]] = {**section, **value}
+
         else:
             problems.append(
                 f"overrides.{key}: not a field. Allowed: section.field: value. Add its section."
             )
+
     return Document(result, problems)
 
 
@@ -220,15 +239,14 @@ def _stage_config(
     """Return the config of a stage: it starts from the previous one, with its head and a replay."""
     changes: dict[str, Any] = {}
     if before:
-        changes["model"] = config.model.model_copy(
-            update={
-                "path": before[-1].config.run_url,
-                "checkpoint": file.checkpoint,
-                "revision": None,
-            }
-        )
+        # The revision is that of the base model on the hub; a run has none.
+        start = {"path": before[-1].config.run_url, "checkpoint": file.checkpoint, "revision": None}
+        changes["model"] = config.model.model_copy(update=start)
+
+        # A stage may bring new labels. A new head would forget the old ones.
         if task_class(config.task.name).has_labels:
             changes["task"] = config.task.model_copy(update={"grow_head": True, "new_head": False})
+
     if stage.replay and previous:
         train = with_replay(config.data.train, stage.replay, previous)
         changes["data"] = config.data.model_copy(update={"train": train})
@@ -240,8 +258,8 @@ def with_replay(
 ) -> tuple[Source, ...]:
     """Return a stage's sources and those of previous stages, which get `share` of the sequences.
 
-    Each previous stage gets an equal part of it, and each source an equal part of its stage's. If
-    the stage's own sources have weights, all do: their own are scaled to what the replay leaves.
+    Each previous stage gets an equal part of it, and each source an equal part of its stage's.
+    Weights of the stage's own sources are scaled to what the replay leaves.
     """
     is_weighted = any(source.weight is not None for source in own)
     total_weight = sum(source.weight or 0.0 for source in own)
@@ -252,10 +270,12 @@ def with_replay(
             source = source.model_copy(update={"weight": weight})
         sources.append(source)
 
+    # A share is relative to an epoch of the other sources, and weighted sources have no epochs.
     field = "weight" if is_weighted else "share"
     for stage_name, stage_sources in previous:
         part = share / len(previous) / len(stage_sources)
         for number, source in enumerate(stage_sources):
+            # Named after its stage, as names must be unique and metrics are reported by name.
             update = {"name": f"replay-{stage_name}-{number}", field: part}
             sources.append(source.without_mixing().model_copy(update=update))
     return tuple(sources)
@@ -282,10 +302,12 @@ def _sequence_problems(file: StagesSection, stages: Sequence[Stage]) -> Iterator
     if len(set(names)) < len(names):
         duplicate = next(name for name in names if names.count(name) > 1)
         yield f"stages: two are named {duplicate}. Their runs need different names. Rename one."
+
     yield from _shared_fields(stages)
     for before, after in pairwise(stages):
         yield from _lost_labels(before, after)
     yield from _metric_problems(file, stages)
+
     for stage in stages:
         if not stage.config.evaluation.data:
             yield (
@@ -295,6 +317,7 @@ def _sequence_problems(file: StagesSection, stages: Sequence[Stage]) -> Iterator
 
 
 def _shared_fields(stages: Sequence[Stage]) -> Iterator[str]:
+    # The matrix is stored next to the runs, and compares scores of one metric.
     shared: dict[str, set[str]] = {
         "run.storage": {stage.config.run.storage for stage in stages},
         "task.name": {stage.config.task.name for stage in stages},
@@ -340,6 +363,8 @@ def _checked(stage: Stage) -> RunConfig:
 def _metric(file: StagesSection, config: RunConfig) -> str:
     if file.metric is not None:
         return file.metric
+
+    # The first metric of a task is its main one.
     best_by = config.checkpoint.best_by
     return task_class(config.task.name).metrics[0] if best_by == "loss" else best_by
 
@@ -356,8 +381,13 @@ def with_scoring_data(
         labels: labels of the head of `run`.
     """
     held_out = tuple(source.without_mixing() for source in config.evaluation.data)
+
+    # The model is scored as it is, with the head and the labels that it has by now. The class
+    # weights are those of `config`, whose labels may differ.
     model = {"path": run.run_url, "checkpoint": checkpoint, "revision": None}
     task = {"labels": tuple(labels), "grow_head": False, "new_head": False, "class_weights": ()}
+
+    # Mixing weights and a temperature belong to the sources that are replaced here.
     data = {"train": held_out, "mixing": (), "temperature": None}
     return config.model_copy(
         update={

@@ -48,17 +48,21 @@ def hit(name: str, rank: int = 0) -> None:
     if target != name or (only_rank and int(only_rank) != rank):
         return
 
+    # Only now: hits of other failpoints and ranks do not count.
     _num_hits[name] += 1
     if count == "*":
         is_due = True
     else:
+        # The marker is created by the check itself, so it comes last.
         marker = os.environ.get("DIST_FT_FAILPOINT_ONCE")
         is_due = _num_hits[name] == int(count or 1) and _is_first_time(marker)
     if not is_due:
         return
 
+    # Logged before the process dies. A failpoint in every step would flood the log.
     if count != "*" or _num_hits[name] == 1:
         log.warning("failpoint %s: %s", name, actions or "kill")
+
     for action in actions.split("+"):
         _fail(action)
 
@@ -72,16 +76,21 @@ def _fail(action: str) -> None:
     if action.startswith("sleep"):
         time.sleep(float(action.removeprefix("sleep") or FOREVER_S))
         return
+
     if action == "lock":
         import ctypes
 
+        # Unlike CDLL, PyDLL keeps the interpreter lock during a call, so every thread stops.
         ctypes.PyDLL(None).sleep(FOREVER_S)
     if action == "memory":
+        # 128 TiB, all of a process's address space: MemoryError, without touching a page.
         bytearray(2**47)
     if action == "storage":
         raise StorageError("failpoint: storage fails")
     if action == "raise":
         raise RuntimeError("failpoint")
+
+    # SIGKILL runs no handler and no `finally`, as when the machine is lost.
     os.kill(os.getpid(), _SIGNALS.get(action, signal.SIGKILL))
 
 
@@ -89,6 +98,8 @@ def _is_first_time(marker: str | None) -> bool:
     """Whether no process failed here before; the file `marker` records it."""
     if marker is None:
         return True
+
+    # O_EXCL lets one of several processes create the file, also if they get here at once.
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -48,15 +48,18 @@ def redact(text: str) -> str:
 
     Removes the values of secret environment variables, and user info and signatures in URLs.
     """
-    names = {
-        value: name
-        for name, value in os.environ.items()
-        if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)
-    }
+    # Read at each call, since variables may be set after logging was set up.
+    names: dict[str, str] = {}
+    for name, value in os.environ.items():
+        if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name):
+            names[value] = name
+
     # Longest first: one secret may be part of another.
     for value in sorted(names, key=len, reverse=True):
+        # Errors of HTTP clients quote the URL, where the value is percent-encoded.
         for spelling in (value, quote(value, safe="")):
             text = text.replace(spelling, f"<{names[value]}>")
+
     return QUERY_SECRET.sub(r"\1<redacted>", USERINFO.sub("<redacted>", text))
 
 
@@ -77,17 +80,26 @@ def setup_logging(
 
     Rank 0 logs from `level` up, the others from WARNING up.
     """
-    prefix = f"[rank {rank}] " if num_ranks > 1 else ""
+    prefix = ""
+    if num_ranks > 1:
+        prefix = f"[rank {rank}] "
+
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if extra_handler is not None:
         handlers.append(extra_handler)
+
     for handler in handlers:
         handler.setFormatter(_RedactingFormatter(f"{prefix}%(levelname)s %(message)s"))
 
     logger = logging.getLogger("dist_ft")
     logger.handlers[:] = handlers
+    # A handler that some library adds to the root logger would print each line again, and with
+    # credentials.
     logger.propagate = False
-    logger.setLevel(level.upper() if rank == 0 else logging.WARNING)
+    logger.setLevel(logging.WARNING)
+    if rank == 0:
+        logger.setLevel(level.upper())
+
     quiet_third_parties()
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 _MASK = (1 << 64) - 1
+# 2**64 divided by the golden ratio, and the multipliers of Stafford's variant 13 of MurmurHash3's
+# finalizer. Another value would change the data order of every run that is resumed.
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
@@ -17,15 +19,18 @@ _SECOND = 0x94D049BB133111EB
 
 def derive_seed(*values: int) -> int:
     """Return a seed in [0, 2**63) that depends on each of `values` and on their order."""
+    # Starting from the length, no seed is an intermediate state of a longer one.
     state = len(values)
     for value in values:
         state = _finalize((state + _GOLDEN + (value & _MASK)) & _MASK)
+    # 63 bits, so that a seed also fits in a signed integer.
     return state >> 1
 
 
 def random_uint64(seed: int, count: int) -> np.ndarray:
     """Return `count` distinct pseudo-random uint64 values, shape (count,), determined by `seed`."""
     index = np.arange(1, count + 1, dtype=np.uint64)
+    # uint64 arithmetic wraps, which here is the modulus of the algorithm.
     with np.errstate(over="ignore"):
         spread = _finalize_array(index * np.uint64(_GOLDEN))
         return _finalize_array(spread + np.uint64(seed & _MASK))

@@ -48,11 +48,13 @@ class World:
             ConfigError: the variables contradict each other.
         """
         texts = {name: os.environ.get(name, default) for name, default in VARIABLES}
+
         try:
             world = cls(*(int(text) for text in texts.values()))
         except ValueError as error:
             raise _invalid_environment(str(error)) from None
 
+        # Otherwise a wrong number would only show as a rendezvous that times out.
         rank_is_valid = 0 <= world.rank < world.num_ranks
         node_is_valid = 0 <= world.rank_of_node < world.ranks_per_node <= world.num_ranks
         if not (rank_is_valid and node_is_valid):
@@ -64,6 +66,7 @@ class World:
 
     def share(self, count: int) -> range:
         """Return this rank's contiguous part of `range(count)`; parts differ by at most one."""
+        # Not count // num_ranks for each, which would leave the whole remainder to one rank.
         start = self.rank * count // self.num_ranks
         stop = (self.rank + 1) * count // self.num_ranks
         return range(start, stop)
@@ -126,11 +129,13 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
         except DistFtError as caught:
             error = caught
         except Exception as caught:
+            # Not sent itself: an arbitrary exception may not survive pickling.
             bug = caught
             error = PeerError(
                 f"rank 0 failed ({type(caught).__name__}: {caught}). See its own error."
             )
 
+    # Rank 0 gets here after a failure too; without this message the others would wait for it.
     result, error = collectives.broadcast((result, error))
     if bug is not None:
         raise bug
@@ -141,6 +146,7 @@ def on_rank0(world: World, collectives: Collectives, action: Callable[[], T]) ->
 
 def raise_together(collectives: Collectives, error: DistFtError | None) -> None:
     """Raise on all ranks the error of the first rank that has one; a collective call."""
+    # All ranks raise the same error, so that they agree on what happens next.
     for error_of_rank in collectives.all_gather(error):
         if error_of_rank is not None:
             raise error_of_rank
@@ -154,12 +160,14 @@ class GlooCollectives(Collectives):
 
         self._world = world
         self._dist = dist
+        # A collective call too: all ranks must create their groups in the same order.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
 
     @override
     def sum(self, values: Sequence[float]) -> list[float]:
         import torch
 
+        # float64 counts exactly up to 2**53; a run has more tokens than the 2**24 of float32.
         tensor = torch.tensor(list(values), dtype=torch.float64)
         self._dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
@@ -172,14 +180,17 @@ class GlooCollectives(Collectives):
 
     @override
     def gather(self, value: Any) -> list[Any] | None:
-        gathered: list[Any] | None = (
-            [None] * self._world.num_ranks if self._world.rank == 0 else None
-        )
+        # torch requires None on the ranks that receive nothing.
+        gathered: list[Any] | None = None
+        if self._world.rank == 0:
+            gathered = [None] * self._world.num_ranks
+
         self._dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered
 
     @override
     def broadcast(self, value: Any) -> Any:
+        # torch replaces the items of a list in place, and returns nothing.
         box = [value]
         self._dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
@@ -198,4 +209,6 @@ def collectives(world: World, timeout_s: float = 1800) -> Collectives:
 
     With more than one rank torch.distributed must be initialized.
     """
-    return GlooCollectives(world, timeout_s) if world.num_ranks > 1 else Collectives()
+    if world.num_ranks > 1:
+        return GlooCollectives(world, timeout_s)
+    return Collectives()

@@ -51,16 +51,22 @@ class Batch:
     @property
     def segment_lengths(self) -> np.ndarray:
         """Tokens of each segment in this batch, (N,)."""
-        return self.segments[:, 2] if self.changed_lengths is None else self.changed_lengths
+        if self.changed_lengths is not None:
+            return self.changed_lengths
+        return self.segments[:, 2]
 
 
 def empty_batch(lane: int = -1, length: int = 8) -> Batch:
     """Return a batch of one sequence without targets: its loss has weight zero."""
+    # It has a real shape, as every rank must run the same number of forward and backward passes:
+    # their collective calls would otherwise hang.
     zeros = np.zeros((1, length), dtype=np.int64)
+
     return Batch(
         input_ids=zeros,
         target_ids=np.full_like(zeros, IGNORE_INDEX),
         position_ids=np.arange(length, dtype=np.int64)[None, :],
+        # no segments: the ledger of samples must not count it
         segments=np.zeros((0, 4), dtype=np.int64),
         lane=lane,
     )

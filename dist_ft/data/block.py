@@ -56,9 +56,12 @@ def group_into_blocks(source: int, ranges: Sequence[ShardRange], block_bytes: in
     current_bytes = 0
 
     for shard_range in ranges:
+        # A range that is larger than a block becomes a block of its own: ranges are not cut here.
         if current and current_bytes + shard_range.num_bytes > block_bytes:
             blocks.append(Block(source, tuple(current)))
-            current, current_bytes = [], 0
+            current = []
+            current_bytes = 0
+
         current.append(shard_range)
         current_bytes += shard_range.num_bytes
 
@@ -76,7 +79,11 @@ def split_range(shard: int, total: int, num_bytes: int, block_bytes: int) -> lis
         num_bytes: bytes of text in it.
         block_bytes: maximum bytes of text in a range.
     """
+    # No more ranges than units, so that none is empty; at least one, as each shard is read.
     count = max(1, min(total, -(-num_bytes // block_bytes)))
-    edges = [total * i // count for i in range(count + 1)]
     bytes_per_range = -(-num_bytes // count)
+
+    # Multiplying before dividing spreads the remainder: ranges differ by at most one unit, and
+    # the last edge is exactly `total`.
+    edges = [total * i // count for i in range(count + 1)]
     return [ShardRange(shard, start, stop, bytes_per_range) for start, stop in pairwise(edges)]

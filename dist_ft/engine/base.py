@@ -91,6 +91,7 @@ class Engine(ABC):
     """A trainable model, replicated or sharded over the workers."""
 
     device: torch.device
+
     step = 0
     """The current training step, from 1.
 
@@ -101,8 +102,15 @@ class Engine(ABC):
         self, rank_schedule: RankSchedule | None, optimizer: torch.optim.Optimizer
     ) -> None:
         """Let the rank schedule of the model, if it has one, update after each optimizer step."""
-        if rank_schedule is not None:
-            optimizer.register_step_post_hook(lambda *_: rank_schedule.after_update(self.step))
+        if rank_schedule is None:
+            return
+
+        def update_ranks(*_: Any) -> None:
+            # The gradients still exist here: engines clear them only after the optimizer's step.
+            # A skipped update does not reach this hook, so the ranks stay as they are.
+            rank_schedule.after_update(self.step)
+
+        optimizer.register_step_post_hook(update_ranks)
 
     @abstractmethod
     def accumulate(
@@ -149,7 +157,8 @@ class Engine(ABC):
         Arguments as for `accumulate` and `update`.
         """
         loss_sum = self.accumulate(batches, seeds, num_target_tokens)
-        return StepOutcome(loss_sum, self.update(learning_rate))
+        grad_norm = self.update(learning_rate)
+        return StepOutcome(loss_sum, grad_norm)
 
     @abstractmethod
     def loss_sum(self, batch: Batch) -> float:
@@ -209,10 +218,14 @@ def pad_to_equal_lanes(
     batches: Sequence[Batch], seeds: Sequence[int], num_lanes: int
 ) -> PaddedLanes:
     """Add empty batches up to `num_lanes`, so that all workers do the same number of passes."""
-    num_missing = num_lanes - len(batches)
-    return PaddedLanes(
-        [*batches, *(empty_batch() for _ in range(num_missing))], [*seeds, *([0] * num_missing)]
-    )
+    padded = PaddedLanes(list(batches), list(seeds))
+
+    # Passes are collective calls under ZeRO; a worker with fewer lanes would leave the others
+    # waiting. An empty batch has no targets, so it adds zero to the loss and the gradient.
+    for _ in range(num_lanes - len(batches)):
+        padded.batches.append(empty_batch())
+        padded.seeds.append(0)
+    return padded
 
 
 def seed_random(seed: int, device: torch.device) -> None:
@@ -222,5 +235,7 @@ def seed_random(seed: int, device: torch.device) -> None:
     more than a millisecond per call.
     """
     torch.default_generator.manual_seed(seed)
+
+    # On GPUs dropout draws from the generator of the device, not from that of the CPU.
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -13,6 +13,7 @@ from typing import Any
 from dist_ft.config.schema import RunConfig
 
 NEVER = 2**62
+
 BUCKET_ELEMENTS = 2**26
 """Elements per reduction. DeepSpeed's default of 5e8 takes more memory than a small model."""
 
@@ -21,12 +22,16 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     """Return the dictionary that `deepspeed.initialize` takes."""
     uses_gpu = config.cluster.gpus_per_worker > 0
     zero: dict[str, Any] = {"stage": config.zero.stage}
+
     if config.zero.stage:
+        # Communication overlaps with computation on a CUDA stream of its own; CPUs have none.
         zero["overlap_comm"] = uses_gpu
         zero["contiguous_gradients"] = True
         zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     _add_offload(zero, config)
 
+    # The optimizer is built by `optimizers`, so that all engines compute the same update. DeepSpeed
+    # must accept a class it does not know, and must not require its own Adam under CPU offload.
     own_settings = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch,
         "gradient_accumulation_steps": 1,
@@ -47,6 +52,7 @@ def _add_offload(zero: dict[str, Any], config: RunConfig) -> None:
     for state in ("optimizer", "param"):
         device = getattr(config.zero, f"offload_{state}")
         if device != "none":
+            # Pinned memory makes copies to a GPU asynchronous; without one it only takes memory.
             offload = {"device": device, "pin_memory": uses_gpu}
             if device == "nvme":
                 offload["nvme_path"] = config.zero.nvme_path

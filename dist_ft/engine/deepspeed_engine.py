@@ -32,7 +32,7 @@ from dist_ft.engine.base import (
 )
 from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
-from dist_ft.engine.zero_state import flat_slice, stage12_slices
+from dist_ft.engine.zero_state import stage3_slices, stage12_slices
 from dist_ft.model.adapters.added_layers import is_added
 from dist_ft.model.adversarial import Adversary, train_lane
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
@@ -41,7 +41,8 @@ from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_
 def import_deepspeed(use_gpu: bool) -> None:
     """Import DeepSpeed, which takes seconds; no GPU is used."""
     if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
+        # Read when deepspeed is first imported; by itself it would choose a GPU that it finds.
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401
 
 
@@ -55,9 +56,8 @@ def attach_to_process_group(use_gpu: bool) -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if use_gpu else "gloo", dist_init_required=False, verbose=False
-    )
+    backend = "nccl" if use_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
 
 
 @contextlib.contextmanager
@@ -68,7 +68,8 @@ def zero_init(ds_config: dict[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    active = HfDeepSpeedConfig(ds_config)  # from_pretrained uses it only while it is referenced
+    # transformers keeps a weak reference: from_pretrained shards only while this object lives.
+    active = HfDeepSpeedConfig(ds_config)
     try:
         yield
     finally:
@@ -120,10 +121,15 @@ class DeepSpeedEngine(Engine):
         )
         self.device = self._engine.device
         self.module = module.train()
+
+        # Only now: ZeRO has replaced the optimizer's parameters by its own partitions.
         self._create_state()
         self._update_ranks_after_steps(module.rank_schedule, self._torch_optimizer)
 
-        self._norm, self._grad_norm_limit = math.nan, math.inf
+        # A step is skipped by replacing the torch optimizer's step, because DeepSpeed computes the
+        # norm of the gradient and updates the weights in one call.
+        self._norm = math.nan
+        self._grad_norm_limit = math.inf
         self._step_optimizer = self._torch_optimizer.step
         self._torch_optimizer.step = self._step_if_allowed  # type: ignore[method-assign]
 
@@ -178,8 +184,8 @@ class DeepSpeedEngine(Engine):
                 scale = weight * self._world.num_ranks / num_target_tokens
                 self._engine.backward(loss * scale, scale_wrt_gas=False)
 
-            # Without gradients of weights only the module's own hooks, which gather weights, may
-            # run.
+            # A pass without gradients of weights calls the module itself: its hooks, which gather
+            # weights, must run, but the engine's forward would prepare a backward of the weights.
             forward_for_gradient = functools.partial(forward, self.module)
             loss_sum += train_lane(self._adversary, forward, backward, forward_for_gradient)
         return loss_sum.item()
@@ -193,18 +199,30 @@ class DeepSpeedEngine(Engine):
     ) -> float:
         self._grad_norm_limit = grad_norm_limit
         if self._stage == 0:
-            # DeepSpeed does not report the norm, but every worker holds the whole gradient.
+            # DeepSpeed does not report the norm, but every worker holds the whole gradient. It is
+            # clipped inside `step`, so the norm is computed before.
             gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(gradients))
+
         optimizers.set_learning_rate(self._zero_optimizer, learning_rate, depth_scale)
         self._engine.step()
-        return self._norm if self._stage == 0 else float(self._engine.get_global_grad_norm())
+
+        if self._stage == 0:
+            return self._norm
+        return float(self._engine.get_global_grad_norm())
 
     def _step_if_allowed(self, *args: Any, **kwargs: Any) -> Any:
         """Replace the torch optimizer's step; ZeRO calls it once it knows the gradient's norm."""
-        norm = self._norm if self._stage == 0 else float(self._zero_optimizer._global_grad_norm)
+        norm = self._norm
+        if self._stage:
+            norm = float(self._zero_optimizer._global_grad_norm)
+
+        # The partitions that the optimizer updates have gradients only during this call.
         if self._is_measuring_fisher:
             return accumulate_fisher(self._torch_optimizer)
+
+        # The norm is global, so all ranks skip or none does; a NaN fails the first comparison.
+        # DeepSpeed still clears the gradient and gathers the weights, which did not change.
         if not (norm <= self._grad_norm_limit and math.isfinite(norm)):
             return None
         result = self._step_optimizer(*args, **kwargs)
@@ -213,25 +231,32 @@ class DeepSpeedEngine(Engine):
 
     @override
     def accumulate_fisher(self, batch: Batch) -> None:
+        # Clipping would scale the gradient before it is squared.
         with self._without_clipping():
             self.module.eval()
             self._is_measuring_fisher = True
+
+            # Each call is a boundary: squares of gradients add up, not gradients. As in
+            # `accumulate`, the number of ranks cancels DeepSpeed's average.
             loss = self._engine(**self.module.prepare_inputs(batch, self.device))
             self._engine.set_gradient_accumulation_boundary(True)
             self._engine.backward(loss * self._world.num_ranks, scale_wrt_gas=False)
             self._engine.step()
+
             self._is_measuring_fisher = False
             self.module.train()
 
     @contextlib.contextmanager
     def _without_clipping(self) -> Iterator[None]:
         """Disable gradient clipping."""
+        # ZeRO copies the limit when it is created; only stage 0 reads the config in each step.
         if self._stage:
             owner, field = self._zero_optimizer, "clip_grad"
         else:
             owner, field = self._engine._config, "gradient_clipping"
+
         limit = getattr(owner, field)
-        setattr(owner, field, 0.0)
+        setattr(owner, field, 0.0)  # to DeepSpeed, no clipping
         try:
             yield
         finally:
@@ -244,6 +269,7 @@ class DeepSpeedEngine(Engine):
     @override
     def swap_average(self) -> None:
         swap_average(self._torch_optimizer)
+        # The swap changes only the float32 masters, as loading a checkpoint does.
         self.finish_load(self.optimizer_step())
 
     @torch.no_grad()
@@ -274,11 +300,10 @@ class DeepSpeedEngine(Engine):
         is_sharded = self._stage == 3
         if is_sharded:
             # ZeRO-3 records the order of layers; the record must restart with each call of the
-            # model.
+            # model. DeepSpeed's own hook is on the outer module, which `generate` bypasses.
             restart = self._zero_optimizer.parameter_offload.get_param_coordinator().reset_step
-            hooks.append(
-                self.module.model.register_forward_pre_hook(lambda *_: restart(), prepend=True)
-            )
+            hook = self.module.model.register_forward_pre_hook(lambda *_: restart(), prepend=True)
+            hooks.append(hook)
         try:
             yield GenerationModel(self.module.model, is_collective=is_sharded)
         finally:
@@ -297,6 +322,7 @@ class DeepSpeedEngine(Engine):
             elif self._stage == 0:
                 yield tensor_slice(name, "param", parameter, owned)
                 for key, value in self._torch_optimizer.state[parameter].items():
+                    # The step count is one number for all weights: `optimizer_step`.
                     if torch.is_tensor(value) and key != "step":
                         yield tensor_slice(name, key, value, owned)
             else:
@@ -305,53 +331,19 @@ class DeepSpeedEngine(Engine):
 
     def _owns(self, index: int) -> bool:
         """Whether this rank saves the replicated tensor of an index."""
+        # Round robin spreads the writing of replicated tensors over all ranks.
         return index % self._world.num_ranks == self._world.rank
 
     def _stage3_slices(self, name: str, parameter: nn.Parameter) -> Iterator[StateSlice]:
-        """Iterate over the slices of a parameter.
+        from deepspeed import utils
 
-        Rank r holds the flat elements from r * ds_tensor.ds_numel. The last ranks also hold
-        padding, which is omitted.
-        """
-        from deepspeed.utils import (
-            safe_get_local_fp32_param,
-            safe_get_local_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
-
-        partition_numel = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        offset = self._world.rank * partition_numel
-        numel = min(partition_numel, parameter.ds_numel - offset)  # type: ignore[attr-defined]
-        if numel <= 0:
-            return
-        if not parameter.requires_grad:
-            yield flat_slice(name, "frozen", offset, numel, lambda: parameter.ds_tensor.data)  # type: ignore
-            return
-
-        def partition_slice(key: str, get: Any, put: Any) -> StateSlice:
-            def write(values: torch.Tensor) -> None:
-                partition = get().detach().clone()
-                partition[:numel] = values
-                put(partition)
-
-            return StateSlice(name, key, offset, numel, True, lambda: get().detach()[:numel], write)
-
-        yield partition_slice(
-            "param",
-            lambda: safe_get_local_fp32_param(parameter),
-            lambda values: safe_set_local_fp32_param(parameter, values),
-        )
-        for key in self._optimizer_state_keys():
-            yield partition_slice(
-                key,
-                lambda key=key: safe_get_local_optimizer_state(parameter, key),
-                lambda values, key=key: safe_set_local_optimizer_state(parameter, values, key),
-            )
+        return stage3_slices(name, parameter, self._world.rank, self._optimizer_state_keys(), utils)
 
     def _optimizer_state_keys(self) -> tuple[str, ...]:
-        has_no_state = self._section.name == "sgd" and not self._section.momentum
-        keys = () if has_no_state else optimizers.STATE_KEYS[self._section.name]
+        """Return the keys of the optimizer's state, the same on every rank and for every weight."""
+        keys = optimizers.STATE_KEYS[self._section.name]
+        if self._section.name == "sgd" and not self._section.momentum:
+            keys = ()
         return (*keys, *self._regularizers.keys)
 
     @override
@@ -368,6 +360,8 @@ class DeepSpeedEngine(Engine):
     def finish_load(self, optimizer_step: int) -> None:
         optimizers.set_step(self._torch_optimizer, optimizer_step)
         zero = self._zero_optimizer
+
+        # Slices were written to the float32 masters; the forward uses copies in the model's dtype.
         if self._stage in (1, 2):
             zero.update_lp_params()
         elif self._stage == 3:
@@ -375,10 +369,12 @@ class DeepSpeedEngine(Engine):
             zero._partition_all_parameters()
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
+            # Small parameters stay gathered all the time; this gathers their new values.
             zero.checkpoint_event_epilogue()
 
     def _create_state(self) -> None:
         """Create the optimizer state before the first step, and register it in ZeRO-1 and 2."""
+        # What the torch optimizer updates: parameters, or the flat float32 partitions of this rank.
         if self._stage == 0:
             tensors = [p for p in self._parameters.values() if p.requires_grad]
         elif self._stage == 3:
@@ -390,6 +386,8 @@ class DeepSpeedEngine(Engine):
             self._torch_optimizer, self._section.name, self._section.momentum, tensors
         )
         self._regularizers.create_state(self._torch_optimizer, tensors)
+
+        # DeepSpeed links the state to parameters once; state added later would have no address.
         if self._stage in (1, 2):
             self._zero_optimizer._lazy_init_hp_params_optimizer_state()
 

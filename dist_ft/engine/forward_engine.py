@@ -21,7 +21,10 @@ class ForwardEngine(TorchEngine):
         self.device = device
         self.module = module.to(device).eval().requires_grad_(False)
         self._parameters = parameters_by_name(module)
-        self._trained, self._masters = {}, {}
+
+        # Without masters every state slice of a weight is "frozen", and nothing is copied.
+        self._trained = {}
+        self._masters = {}
 
     @override
     def accumulate(

@@ -19,6 +19,7 @@ from dist_ft.core.errors import ModelError
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|wte|wpe|shared")
+
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
@@ -27,7 +28,9 @@ def has_weight_decay(shape: Iterable[int]) -> bool:
 
     Biases, norms and IA3 scales do not.
     """
-    return sum(size > 1 for size in shape) > 1
+    # Dimensions of size 1 do not count: the scales of IA3 are stored as (1, H) or (H, 1).
+    num_dimensions = sum(size > 1 for size in shape)
+    return num_dimensions > 1
 
 
 def param_groups(
@@ -50,26 +53,31 @@ def param_groups(
     """
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     _require_matches(exempt, trainable)
-    depths = layer_depths(parameters) if group_by_depth else dict.fromkeys(parameters, 0)
 
+    # Depths count all layers, frozen ones too: a layer's rate does not depend on what is trained.
+    depths = dict.fromkeys(parameters, 0)
+    if group_by_depth:
+        depths = layer_depths(parameters)
+
+    # Groups are created in a fixed order before they are filled, because DeepSpeed's partitions
+    # follow that order and must be the same on every rank and after a restart.
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for depth in sorted(set(depths.values())):
-        for decaying in (True, False):
-            groups[depth, decaying] = {
-                "params": [],
-                "weight_decay": weight_decay if decaying else 0.0,
-                "depth": depth,
-            }
+        for decaying, decay in ((True, weight_decay), (False, 0.0)):
+            groups[depth, decaying] = {"params": [], "weight_decay": decay, "depth": depth}
 
     for name, parameter in trainable.items():
         is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
         shape = getattr(parameter, "ds_shape", parameter.shape)
         decaying = has_weight_decay(shape) and not is_exempt
         groups[depths[name], decaying]["params"].append(parameter)
+
+    # For example, a run that trains biases alone has no group with weight decay.
     return [group for group in groups.values() if group["params"]]
 
 
 def _require_matches(patterns: Sequence[str], names: Iterable[str]) -> None:
+    """Raise ModelError for the first pattern that matches none of `names`."""
     names = list(names)
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -86,10 +94,14 @@ def layer_depths(names: Iterable[str]) -> dict[str, int]:
     embeddings.
     """
     matches = {name: _LAYER.match(name) for name in names}
-    last_layers: dict[str, int] = {}  # by the prefix of a stack of layers
+
+    # By the prefix of a stack of layers: encoder and decoder have one stack each.
+    last_layers: dict[str, int] = {}
     for match in matches.values():
         if match:
             last_layers[match[1]] = max(last_layers.get(match[1], 0), int(match[2]))
+
+    # One more than that of the first layer of the longest stack, which is its last index + 1.
     embedding_depth = max(last_layers.values(), default=0) + 2
 
     depths = {}
@@ -108,6 +120,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of `section` over `groups`; each step sets the learning rate."""
     if section.name == "adamw":
+        # One kernel for all weights instead of several per weight.
         return torch.optim.AdamW(
             groups,
             lr=section.learning_rate,
@@ -131,12 +144,15 @@ def create_state(
         momentum: momentum in the config.
         tensors: what the optimizer updates.
     """
+    # Which state Adafactor keeps depends on a weight's shape; torch's own code decides.
     if name == "adafactor":
         _do_step_of_size_zero(optimizer)
         return
+
     for tensor in tensors:
         state = optimizer.state[tensor]
         if name == "adamw" and "exp_avg" not in state:
+            # The fused kernel requires the step as a float32 tensor on the weight's device.
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
             state["exp_avg"] = torch.zeros_like(tensor)
             state["exp_avg_sq"] = torch.zeros_like(tensor)
@@ -147,8 +163,11 @@ def create_state(
 def _do_step_of_size_zero(optimizer: torch.optim.Optimizer) -> None:
     """Let the optimizer create its own state; parameters and the first real step are unaffected."""
     weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+
+    # The learning rate need not be restored: `set_learning_rate` sets it before each step.
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = 0.0, 0.0
+        group["lr"] = 0.0
+        group["weight_decay"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -156,6 +175,7 @@ def _do_step_of_size_zero(optimizer: torch.optim.Optimizer) -> None:
 
     for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
         group["weight_decay"] = weight_decay
+    # The step above counted; the first real one must be the first for the bias correction.
     set_step(optimizer, 0)
 
 
@@ -179,5 +199,7 @@ def set_learning_rate(
 ) -> None:
     """Set the learning rate of every group, multiplied by `depth_scale` of its depth."""
     for group in optimizer.param_groups:
-        scale = 1.0 if depth_scale is None else depth_scale(group["depth"])
+        scale = 1.0
+        if depth_scale is not None:
+            scale = depth_scale(group["depth"])
         group["lr"] = learning_rate * scale

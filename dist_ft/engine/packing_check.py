@@ -28,12 +28,16 @@ def _pack(lengths: tuple[int, ...], tokens: np.ndarray, target_sample: int | Non
         tokens: (T,) of all samples.
         target_sample: the only sample with targets. Default: all have targets.
     """
+    # Positions restart at 0 in each sample, which is how transformers finds its start.
     position_ids = np.concatenate([np.arange(length) for length in lengths])  # (T,)
     sample_ids = np.repeat(np.arange(len(lengths)), lengths)  # (T,)
+
+    # The last token of a sample predicts nothing; its next token belongs to another sample.
     targets = np.roll(tokens, -1)  # (T,)
     targets[np.cumsum(lengths) - 1] = IGNORE_INDEX
     if target_sample is not None:
         targets[sample_ids != target_sample] = IGNORE_INDEX
+
     segments = np.array([[i, 0, length] for i, length in enumerate(lengths)], dtype=np.int64)
     return Batch(tokens[None], targets[None], position_ids[None], segments, lane=-1)
 
@@ -51,13 +55,14 @@ def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:
         tolerance: largest relative difference for the number format; for other neighbors, a
             hundredth of it.
     """
+    # The same tokens on every rank, so that all ranks come to the same decision.
     tokens = (np.arange(sum(LENGTHS), dtype=np.int64) * 7919 + 11) % vocabulary  # (T,)
     samples = np.split(tokens, np.cumsum(LENGTHS)[:-1])
+
     packed = engine.loss_sum(_pack(LENGTHS, tokens))
-    alone = sum(
-        engine.loss_sum(_pack((length,), sample))
-        for length, sample in zip(LENGTHS, samples, strict=True)
-    )
+    alone = 0.0
+    for length, sample in zip(LENGTHS, samples, strict=True):
+        alone += engine.loss_sum(_pack((length,), sample))
 
     other_first = (samples[0] + vocabulary // 2) % vocabulary
     other_last = (samples[2] + vocabulary // 2) % vocabulary
@@ -65,6 +70,7 @@ def require_packing(engine: Engine, vocabulary: int, tolerance: float) -> None:
     middle = engine.loss_sum(_pack(LENGTHS, tokens, target_sample=MIDDLE))
     middle_by_others = engine.loss_sum(_pack(LENGTHS, other_tokens, target_sample=MIDDLE))
 
+    # The second bound can be much tighter: both passes run the same kernels on the same shapes.
     packed_as_alone = abs(packed - alone) <= tolerance * abs(alone)
     unaffected = abs(middle - middle_by_others) <= tolerance / 100 * abs(middle_by_others)
     if not (packed_as_alone and unaffected):

@@ -60,6 +60,7 @@ class Regularizers:
         """Add the regularizers' state to the optimizer's state of `tensors`."""
         if not self.keys:
             return
+
         for tensor in tensors:
             for key in self.keys:
                 optimizer.state[tensor][key] = torch.zeros_like(tensor, requires_grad=False)
@@ -69,9 +70,14 @@ class Regularizers:
         """Pull the weights in the optimizer's groups to their anchors, and update their average."""
         if not self.keys:
             return
+
+        # By groups, not by state: ZeRO-3 steps one sub-group at a time, and only its weights are
+        # in the groups then. Over the state, each sub-group's step would pull all weights again.
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 state = optimizer.state[weight]
+
+                # The average comes last: it follows the weights that the step ends with.
                 if ANCHOR in state:
                     rate = group["lr"] * self.strength
                     pull_to_anchor(weight, state[ANCHOR], rate, state.get(FISHER))
@@ -86,8 +92,13 @@ def pull_to_anchor(
 
     Elements whose anchor is NaN stay unchanged.
     """
-    share = rate / (1 + rate) if fisher is None else fisher * rate / (1 + fisher * rate)
-    weight.add_((anchor - weight).nan_to_num_(nan=0.0) * share)
+    # At most 1: a proximal step reaches the anchor but never passes it.
+    share: float | torch.Tensor = rate / (1 + rate)
+    if fisher is not None:
+        share = fisher * rate / (1 + fisher * rate)
+
+    distance = (anchor - weight).nan_to_num_(nan=0.0)
+    weight.add_(distance * share)
 
 
 def initialize_state(
@@ -99,6 +110,7 @@ def initialize_state(
         state_slices: the engine's.
         new_weights: names of weights without an anchor; neither have weights of an adapter.
     """
+    # An engine lists the weights of a slice before their optimizer state, so one pass is enough.
     weights: dict[tuple[str, int], torch.Tensor] = {}
     for part in state_slices():
         if part.key == "param":
@@ -106,6 +118,8 @@ def initialize_state(
         elif part.key in (ANCHOR, AVERAGE):
             values = weights[part.name, part.offset]
             is_new = part.name in new_weights or is_added(part.name)
+
+            # The average of a new weight starts from its initial value like any other.
             if part.key == ANCHOR and is_new:
                 part.write(torch.full_like(values, torch.nan))
             else:
@@ -115,6 +129,7 @@ def initialize_state(
 @torch.no_grad()
 def accumulate_fisher(optimizer: torch.optim.Optimizer) -> None:
     """Add the squared gradients of the weights in the optimizer's groups to their Fisher state."""
+    # By groups, for the same reason as in `Regularizers.after_step`.
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.grad is not None:
@@ -132,6 +147,7 @@ def swap_average(optimizer: torch.optim.Optimizer) -> None:
     """Swap all weights with their averages; a second call undoes it to the last bit."""
     for weight, state in optimizer.state.items():
         if AVERAGE in state:
+            # Copies keep the tensors in place, which engines and state slices refer to.
             previous = weight.detach().clone()
             weight.copy_(state[AVERAGE])
             state[AVERAGE].copy_(previous)

@@ -66,10 +66,15 @@ class TorchEngine(Engine):
         self._section = section
         self._parameters = parameters_by_name(module)
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        self._masters = {
-            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for name, p in self._trained.items()
-        }
+
+        # An update is often smaller than half the distance between two 16-bit numbers and would be
+        # rounded away. So the optimizer updates float32 copies; float32 weights need none.
+        self._masters: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained.items():
+            if parameter.dtype == torch.float32:
+                self._masters[name] = parameter
+            else:
+                self._masters[name] = parameter.detach().float().requires_grad_()
 
         groups = optimizers.param_groups(
             self._masters,  # type: ignore[arg-type]
@@ -81,6 +86,7 @@ class TorchEngine(Engine):
         optimizers.create_state(
             self.optimizer, section.name, section.momentum, self._masters.values()
         )
+
         self._update_ranks_after_steps(module.rank_schedule, self.optimizer)
         self._regularizers.create_state(self.optimizer, self._masters.values())
 
@@ -92,6 +98,8 @@ class TorchEngine(Engine):
         for batch, seed in zip(batches, seeds, strict=True):
             inputs = self.module.prepare_inputs(batch, self.device)
 
+            # Every pass of a lane starts from the lane's seed, so that repeated passes (adversarial
+            # training) draw the same dropout.
             def forward(inputs: Inputs = inputs, seed: int = seed) -> torch.Tensor:
                 seed_random(seed, self.device)
                 return self.module(**inputs)
@@ -101,6 +109,8 @@ class TorchEngine(Engine):
                 self._accumulate_in_masters()
 
             loss_sum += train_lane(self._adversary, forward, backward, forward)
+
+        # Read once, at the end: each `item` makes the host wait for the device.
         return loss_sum.item()
 
     def _accumulate_in_masters(self) -> None:
@@ -109,8 +119,13 @@ class TorchEngine(Engine):
             parameter = self._trained[name]
             if master is parameter or parameter.grad is None:
                 continue
-            gradient, parameter.grad = parameter.grad.float(), None
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+
+            gradient = parameter.grad.float()
+            parameter.grad = None
+            if master.grad is None:
+                master.grad = gradient
+            else:
+                master.grad.add_(gradient)
 
     @override
     def update(
@@ -119,13 +134,18 @@ class TorchEngine(Engine):
         grad_norm_limit: float = math.inf,
         depth_scale: Callable[[int], float] | None = None,
     ) -> float:
+        # max_grad_norm=0 disables clipping; the norm is computed in any case.
         clip_norm = self._section.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), clip_norm).item()
+
+        # A NaN fails the first comparison; an infinite norm passes it under the default limit.
         if norm <= grad_norm_limit and math.isfinite(norm):
             optimizers.set_learning_rate(self.optimizer, learning_rate, depth_scale)
             self.optimizer.step()
             self._regularizers.after_step(self.optimizer)
+            # Last, because the regularizers change the masters too.
             self._copy_from_masters()
+
         self.optimizer.zero_grad()
         return norm
 
@@ -151,6 +171,7 @@ class TorchEngine(Engine):
         try:
             inputs = self.module.prepare_inputs(batch, self.device)
             loss, outputs = self.module(**inputs, return_outputs=True)
+            # numpy has no bfloat16.
             return LossAndOutputs(loss.item(), outputs.float().cpu().numpy())
         finally:
             self.module.train()
@@ -190,9 +211,11 @@ class TorchEngine(Engine):
             if name not in self._masters:
                 yield tensor_slice(name, "frozen", parameter)
                 continue
+
             master = self._masters[name]
             yield tensor_slice(name, "param", master)
             for key, value in self.optimizer.state[master].items():
+                # The step count is one number for all weights: `optimizer_step`.
                 if torch.is_tensor(value) and key != "step":
                     yield tensor_slice(name, key, value)
         yield from buffer_slices(self.module)
@@ -221,7 +244,10 @@ def buffer_slices(
         is_owned: whether this worker saves the buffer of an index.
     """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    # torch has no list of persistent buffers; the state dict holds them and the parameters.
     persistent = set(module.state_dict().keys()) - parameters
     buffers = [(name, tensor) for name, tensor in module.named_buffers() if name in persistent]
+
     for index, (name, tensor) in enumerate(buffers):
         yield tensor_slice(name.removeprefix("model."), "buffer", tensor, is_owned(index))

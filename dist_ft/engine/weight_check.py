@@ -28,8 +28,8 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
 
     index = Path(folder) / "model.safetensors.index.json"
     if index.exists():
-        names = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {name: Path(folder) / file for name, file in names.items()}
+        file_names = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {name: Path(folder) / file_name for name, file_name in file_names.items()}
 
     files: dict[str, Path] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -67,6 +67,7 @@ def verify_weights(
     for part in state:
         if part.key not in ("param", "frozen") or part.numel == 0:
             continue
+
         name = _find_tensor(files, name_in_files(part.name), prefix)
         if not name:
             continue
@@ -74,12 +75,12 @@ def verify_weights(
         with safe_open(files[name], framework="pt") as file:
             num_elements = min(MAX_COMPARED, part.numel)
             expected = _read_elements(file.get_slice(name), part.offset, num_elements)
+
+        # Exactly equal: a cast rounds the same way everywhere. Some weights stay in float32
+        # whatever the type of the model.
         actual = part.read()[: len(expected)].float().cpu()
-        # some weights stay in float32 whatever the type of the model
-        is_equal = torch.equal(actual, expected.to(dtype).float()) or torch.equal(
-            actual, expected.float()
-        )
-        if not is_equal:
+        is_equal_after_cast = torch.equal(actual, expected.to(dtype).float())
+        if not is_equal_after_cast and not torch.equal(actual, expected.float()):
             raise ModelError(
                 f"{name}: the weights in memory (elements from {part.offset}) differ from those in "
                 f"{files[name]}. They were initialized again or misplaced while loading. The run "
@@ -104,8 +105,12 @@ def _read_elements(tensor: Any, offset: int, count: int) -> torch.Tensor:
     shape = tensor.get_shape()
     if not shape:
         return tensor[...].reshape(-1)
+
+    # A file's tensor is sliced along its dimensions, not by flat elements. Only the rows that hold
+    # them are read: an embedding can have gigabytes.
     row_size = math.prod(shape[1:])
     first_row = offset // row_size
     last_row = (offset + count - 1) // row_size
+
     elements = tensor[first_row : last_row + 1].reshape(-1)
     return elements[offset - first_row * row_size :][:count]

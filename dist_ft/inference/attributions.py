@@ -6,6 +6,8 @@ The model of a checkpoint is run again on the examples that an evaluation stored
 token is its share of the predicted score (the logit of the label, of the wrong tags, of the ends of
 the answer), compared with a text of padding; tokens with positive weights raised the score. The
 weights of a text sum up to about the difference between the two scores. Float32 on the CPU.
+
+Dimensions: B points on the path, T tokens of the text, H hidden size.
 """
 
 from __future__ import annotations
@@ -61,14 +63,13 @@ def attribute(
             "runs report",
         ) from error
 
-    names = discovery.list_committed(store)
-    committed = [(manifests.parse_folder(name) or (0, 0))[0] for name in names]
-    manifest = trained_model.find_manifest(store, step if step in committed else None)
+    manifest = _find_manifest(store, step)
     model, tokenizer = trained_model.load_trained_model(store, manifest, "float32")
     section = trained_model.load_task(store)
     task = make_task(section)
     special_tokens = SpecialTokens.from_tokenizer(tokenizer, model.config)
     task_model = TaskModel(model, section, special_tokens).eval()
+
     special_ids = set(tokenizer.all_special_ids)
     pad_id = tokenizer.pad_token_id
     if pad_id is None:
@@ -76,6 +77,8 @@ def attribute(
 
     for example in examples:
         ids = example["ids"]
+        # Special tokens are the same at both ends of the path, so their weight is 0 and the whole
+        # difference in score goes to the words.
         padding = [token if token in special_ids else pad_id for token in ids]
         method = LayerIntegratedGradients(
             _score_function(task_model, task, example["at"]),
@@ -87,22 +90,42 @@ def attribute(
             n_steps=NUM_STEPS,
             internal_batch_size=BATCH_SIZE,
         )  # (1, T, H)
+
+        # The share of a token is the sum over the dimensions of its input vector.
         weights = gradients.sum(-1)[0].detach().tolist()
-        example["tokens"] = [
-            [text, round(weight, 6)]
-            for token, text, weight in zip(ids, token_texts(tokenizer, ids), weights, strict=True)
-            if token not in special_ids
-        ]
+        tokens = []
+        texts = token_texts(tokenizer, ids)
+        for token, text, weight in zip(ids, texts, weights, strict=True):
+            if token not in special_ids:
+                tokens.append([text, round(weight, 6)])
+        example["tokens"] = tokens
+
     return {
         "step": manifest.progress.step,
         "method": f"integrated gradients, {NUM_STEPS} points, from a text of padding",
     }
 
 
+def _find_manifest(store: Store, step: int | None) -> manifests.Manifest:
+    """Return the manifest of the checkpoint of `step`, or of the latest if that is gone."""
+    committed_steps = []
+    for name in discovery.list_committed(store):
+        committed_step, _ = manifests.parse_folder(name) or (0, 0)
+        committed_steps.append(committed_step)
+
+    # Retention may have removed it since the evaluation. The latest stands in for it; the step that
+    # is used is part of the result.
+    if step not in committed_steps:
+        step = None
+
+    return trained_model.find_manifest(store, step)
+
+
 def _score_function(task_model: Any, task: Task, at: Any) -> Callable[[Any], Any]:
     """Return the function whose gradients are computed: ids (B, T) to the predicted score (B,)."""
     import torch
 
+    # All points on the path have the tokens of one text, without padding at its end: (B, T) ones.
     def score(ids: Any) -> Any:
         outputs = task_model.run_model(ids, torch.ones_like(ids))
         return task.score_for_attribution(outputs, at)
@@ -116,10 +139,19 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     is_word_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
     texts = []
     for token, name in zip(ids, names, strict=True):
+        # WordPiece marks the tokens that continue a word.
         if is_word_piece:
-            texts.append(name[2:] if name.startswith("##") else f" {name}")
+            if name.startswith("##"):
+                texts.append(name[2:])
+            else:
+                texts.append(f" {name}")
             continue
+
+        # Byte-level BPE and SentencePiece mark those that start one. Their names spell bytes, so
+        # the text itself comes from the decoder, which may drop the blank in front.
         text = str(tokenizer.decode([token]))
-        starts_word = name.startswith(("Ġ", "▁"))
-        texts.append(f" {text.lstrip()}" if starts_word else text)
+        if name.startswith(("Ġ", "▁")):
+            text = f" {text.lstrip()}"
+        texts.append(text)
+
     return texts

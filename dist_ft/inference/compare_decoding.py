@@ -44,11 +44,17 @@ def compare(
             ],
             "decode",
         )
+
+    # Parsed before a model is loaded, so that a misspelled strategy is an error at once.
     sections = [parse_strategy(text, own) for text in strategies] or [own]
     filesystem.configure(config.storage.options)
+
     rows = []
     for path in paths:
         model = ForwardModel(derive_evaluation_run(config, path))
+
+        # The prompts are collected once per model: all strategies get the same ones, and none is
+        # charged for reading the data.
         generator = HeldOutGenerator(model.run.config, model.run.tokenizer)
         with model.open_loader(config.evaluation.data) as loader:
             for batches in loader.iterate(0, loader.steps_per_epoch, range(config.num_lanes)):
@@ -62,6 +68,7 @@ def compare(
                 samples, model.engine, World(), Collectives(), decoding=section
             )
             seconds = time.perf_counter() - start_s
+
             rows.append(
                 {
                     "model": path,
@@ -73,4 +80,5 @@ def compare(
                     "generations": generated.generations,
                 }
             )
+
     return rows

@@ -2,8 +2,8 @@
 
 It is an ordinary run of zero steps (`schedule.steps=0`): its metrics are those of the evaluation
 before the first step. Its folder is removed once they are read. Guarantees: a head that was never
-trained is refused before workers are requested, or reported as random. Prototypes, entities a model
-writes and robustness scores need one process.
+trained is refused before workers are requested, or reported as random. Prototypes, generated
+entities and robustness scores need one process.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) 
     """
     config = run.config
     _require_distributable(config)
+
+    # Checked here, because training accepts such a head: most runs start with one.
     head = _head(run)
     if head == "random" and not random_head:
         raise ModelError(
@@ -54,6 +56,9 @@ def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) 
             f"{config.task.name}, and scores would be random. A trained head is required. Train it "
             "first, or use --random-head."
         )
+
+    # Labels and few-shot examples are found here: the workers get a config without the training
+    # data they come from.
     world = World()
     run = resolve_answers(run, world, collectives(world))
     num_templates = len(run.prompting.templates)
@@ -65,7 +70,9 @@ def score(run: ResolvedRun, cluster: ClusterSection, random_head: bool = False) 
             ],
             "evaluate",
         )
-    return {**_run_and_read(_derive_zero_step_config(run, cluster)), "head": head}
+
+    metrics = _run_and_read(_derive_zero_step_config(run, cluster))
+    return {**metrics, "head": head}
 
 
 def _require_distributable(config: RunConfig) -> None:
@@ -79,6 +86,7 @@ def _require_distributable(config: RunConfig) -> None:
             ],
             "evaluate",
         )
+
     if config.evaluation.robustness != RobustnessSection():
         raise ConfigError(
             [
@@ -94,6 +102,7 @@ def _head(run: ResolvedRun) -> str:
     config = run.config
     if config.prompting.method != "none":
         return config.prompting.method
+
     if task_class(config.task.name).has_head and not has_own_head(run):
         return "random"
     return "trained"
@@ -106,7 +115,13 @@ def _derive_zero_step_config(run: ResolvedRun, cluster: ClusterSection) -> RunCo
     examples in.
     """
     config, held_out = run.config, run.config.evaluation.data
-    name = f"{config.run.name[:NAME_LENGTH].rstrip('-')}-{uuid4().hex[:12]}"
+
+    # A name of its own, because the same name would resume the run it belongs to. A name has at
+    # most 47 characters (`run.name`), so the run's own is cut.
+    short_name = config.run.name[:NAME_LENGTH].rstrip("-")
+    name = f"{short_name}-{uuid4().hex[:12]}"
+
+    # Every run evaluates before its first step (`at_start`), with these fields of the config's own.
     evaluation = EvaluationSection(
         data=held_out,
         max_samples=config.evaluation.max_samples,
@@ -123,6 +138,7 @@ def _derive_zero_step_config(run: ResolvedRun, cluster: ClusterSection) -> RunCo
             "task": run.task,
             "prompting": run.prompting,
             "cluster": cluster,
+            # a run must have training data; with zero steps none of it is trained on
             "data": config.data.model_copy(
                 update={"train": held_out, "mixing": (), "temperature": None}
             ),
@@ -144,12 +160,14 @@ def _run_and_read(config: RunConfig) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):
             driver.run(config)
 
+        # With zero steps, no evaluation follows the one before training.
         (line,) = [line for line in read_metrics(store) if line["kind"] == "evaluation"]
-        metrics = {
-            name: value
-            for name, value in line.items()
-            if name not in ("step", "kind", "time", "attempt")
-        }
+        metrics = {}
+        for name, value in line.items():
+            if name not in ("step", "kind", "time", "attempt"):
+                metrics[name] = value
+
+        # Tables, examples and generations are not in the line.
         return metrics | read_evaluation(store, 0)
     finally:
         for path in store.walk(""):

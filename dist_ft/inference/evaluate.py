@@ -52,15 +52,20 @@ def evaluate_models(
             ["evaluation.data: is empty. Held-out data is needed to score models. Set it."],
             "evaluate",
         )
+
     filesystem.configure(config.storage.options)
     results = {}
     for path in paths:
         run = derive_evaluation_run(config, path)
+
+        # The number of workers is that of the config given: a derived run has none.
         if config.max_workers == 0:
             results[path] = _evaluate(run, random_head)
         else:
             results[path] = distributed_scoring.score(run, config.cluster, random_head)
+
         on_result(path, results[path])
+
     return results
 
 
@@ -71,7 +76,8 @@ def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
     else:
         model = ForwardModel(run, random_head)
 
-    # with the examples in them, in the order of the config's
+    # The model's own templates have the examples written in: they are what it is prompted with, and
+    # those of the config, in the same order, are what is shown.
     templates = model.run.prompting.templates
     if len(templates) <= 1:
         return {**score_with_robustness(model), "head": model.head}
@@ -80,6 +86,7 @@ def _evaluate(run: ResolvedRun, random_head: bool) -> dict[str, Any]:
     for shown, template in zip(run.config.prompting.templates, templates, strict=True):
         model.use_template(template)
         metrics_by_template[shown] = score_with_robustness(model)
+
     metrics = aggregate_templates(run.config.task.name, metrics_by_template)
     return {**metrics, "head": model.head}
 
@@ -89,13 +96,19 @@ def aggregate_templates(
 ) -> dict[str, Any]:
     """Return mean, best and worst of each metric over templates, and all of them by template."""
     every = list(metrics_by_template.values())
+
+    # Tables by label have no mean; they stay in `by_template`.
     metrics: dict[str, Any] = {}
     for name, value in every[0].items():
         if isinstance(value, float | int):
             metrics[name] = sum(one[name] for one in every) / len(every)
+
+    # A metric may be absent, such as F1 of entities where no label is that of an entity.
     for name in task_class(task).metrics:
         values = [one[name] for one in every if name in one]
         values.sort(key=lambda value: best.sort_key(name, value))
         if values:
-            metrics[f"{name}_best"], metrics[f"{name}_worst"] = values[0], values[-1]
+            metrics[f"{name}_best"] = values[0]
+            metrics[f"{name}_worst"] = values[-1]
+
     return {**metrics, "by_template": metrics_by_template}

@@ -24,9 +24,12 @@ def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
     A model whose files hold a head for the task answers by it, without prompting. The labels are
     not resolved yet.
     """
+    # A revision names a commit of the config's own model.
     model = config.model
     if path != model.path:
         model = model.model_copy(update={"path": path, "revision": None})
+
+    # Without the settings of training: adapters and new heads would change the model.
     derived = config.model_copy(
         update={
             "model": model,
@@ -37,9 +40,12 @@ def derive_evaluation_run(config: RunConfig, path: str) -> ResolvedRun:
     )
     folder = initial_weights.resolve_model_section(model, config.data.cache_dir)
     run = replace(ResolvedRun.from_config(derived), model=folder)
+
+    # One config serves models with a head and models that are prompted, side by side.
     if derived.prompting.method != "none" and has_own_head(run):
         without = derived.model_copy(update={"prompting": PromptingSection()})
         return replace(run, config=without)
+
     return run
 
 
@@ -52,16 +58,24 @@ def resolve_answers(run: ResolvedRun, world: World, collectives: Collectives) ->
     """
     config = run.config
     is_prompted = config.prompting.method != "none"
-    if task_class(config.task.name).has_labels and not is_prompted and not run.labels:
-        own = tuple(label for _, label in sorted((_model_config(run).id2label or {}).items()))
-        if has_own_head(run) and len(own) > 1:
-            run = replace(run, labels=own)
 
+    # A head's labels are those of its outputs, in their order; labels found in data may have
+    # another order, or lack some.
+    if task_class(config.task.name).has_labels and not is_prompted and not run.labels:
+        label_by_output = _model_config(run).id2label or {}
+        own_labels = tuple(label_by_output[output] for output in sorted(label_by_output))
+        if has_own_head(run) and len(own_labels) > 1:
+            run = replace(run, labels=own_labels)
+
+    # Labels and templates that a run would store are kept in memory: there is no run.
     store = Store(f"memory://evaluate-{uuid4().hex}")
     run = resolve_labels(run, store, world, collectives)
+
     out_of_scope = config.evaluation.robustness.out_of_scope_label
     if is_prompted and out_of_scope in run.labels:  # found in the training data
-        run = replace(run, labels=tuple(label for label in run.labels if label != out_of_scope))
+        in_scope = tuple(label for label in run.labels if label != out_of_scope)
+        run = replace(run, labels=in_scope)
+
     return resolve_templates(run, store, world, collectives)
 
 
@@ -78,13 +92,16 @@ def _model_config(run: ResolvedRun) -> Any:
 
     from dist_ft.model.loading.download import fetch_model
 
+    # Without the weights, so that a model that cannot do the task is refused before they are
+    # downloaded.
     model = run.model
     folder = fetch_model(model.path, model.revision, run.config.data.cache_dir, weights=False)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
+        # Messages of transformers have several lines; the first says what is wrong.
+        reason = str(error).splitlines()[0][:100]
         raise ModelError(
-            f"model.path={model.path}: is not a model folder "
-            f"({str(error).splitlines()[0][:100]}). A folder that save_pretrained or `dist-ft "
-            "export` writes is needed. Correct the path."
+            f"model.path={model.path}: is not a model folder ({reason}). A folder that "
+            "save_pretrained or `dist-ft export` writes is needed. Correct the path."
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,17 @@ def answer(model: str, prompt: str, system: str | None, decoding: DecodingSectio
     """
     from transformers.utils import logging as transformers_logging
 
+    # The answer is the only output of the command.
     transformers_logging.disable_progress_bar()
+
+    # On many CPUs, products of bfloat16 are far slower than those of float32.
     on_gpu = torch.cuda.is_available()
-    files = initial_weights.resolve_model_section(
-        ModelSection(path=model, dtype="bfloat16" if on_gpu else "float32")
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    if on_gpu:
+        dtype = "bfloat16"
+
+    # The path may name a run; its latest checkpoint is then exported first.
+    files = initial_weights.resolve_model_section(ModelSection(path=model, dtype=dtype))
     tokenizer = load_tokenizer(files)
     network = load_causal_lm(files).eval()
     if on_gpu:
@@ -44,10 +50,16 @@ def answer(model: str, prompt: str, system: str | None, decoding: DecodingSectio
 def _encode_prompt(tokenizer: Any, prompt: str, system: str | None) -> list[int]:
     """Return the token ids of a prompt, through the chat template if there is one."""
     if not tokenizer.chat_template:
-        text = f"{system}\n{prompt}" if system else prompt
+        text = prompt
+        if system:
+            text = f"{system}\n{prompt}"
         return tokenizer(text)["input_ids"]
 
-    turns = [{"role": "system", "content": system}] if system else []
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": system})
     turns.append({"role": "user", "content": prompt})
+
+    # The template writes the special tokens itself; the tokenizer would add a second start token.
     text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -103,18 +103,22 @@ def load_folder(path: str, device: str) -> LoadedModel:
     info: FolderInfo = {}
     if info_file.exists():
         info = json.loads(info_file.read_text("utf-8"))
+
     prompting = load_stored_section(
         cast("dict[str, Any]", info), "prompting", PromptingSection, str(info_file)
     )
     task = _read_task(path, folder, info, prompting)
-    section = ModelSection.model_validate(
-        {
-            "path": folder,
-            "dtype": "bfloat16" if device == "cuda" else "float32",
-            "attention": _choose_attention(info.get("attention", "sdpa"), device),
-        }
-    )
+
+    # On many CPUs, products of bfloat16 are far slower than those of float32.
+    dtype = "float32"
+    if device == "cuda":
+        dtype = "bfloat16"
+
+    attention = _choose_attention(info.get("attention", "sdpa"), device)
+    section = ModelSection.model_validate({"path": folder, "dtype": dtype, "attention": attention})
     tokenizer = load_tokenizer(section)
+
+    # A model that is prompted for labels is loaded as what it is: a causal model, without a head.
     model = _load_model(get_model_task(task, prompting), section, tokenizer, path)
     return LoadedModel(model.to(device), tokenizer, task, prompting, info)
 
@@ -122,29 +126,42 @@ def load_folder(path: str, device: str) -> LoadedModel:
 def model_version(path: str, options: PredictionOptions) -> str:
     """Return a text that changes with the weights at `path` and the options of predictions."""
     decoding = options.decoding()
-    files = sorted(
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in Path(_local_folder(path)).glob("*.safetensors")
-    )
+
+    # Names, sizes and times of files stand for the weights: reading them all would take as long as
+    # loading the model. The batch size is left out, as predictions do not depend on it.
+    files = []
+    for file in Path(_local_folder(path)).glob("*.safetensors"):
+        status = file.stat()
+        files.append((file.name, status.st_size, status.st_mtime_ns))
+
     return json.dumps(
-        [path, options.max_new_tokens, format_strategy(decoding), decoding.seed, *files]
+        [path, options.max_new_tokens, format_strategy(decoding), decoding.seed, *sorted(files)]
     )
 
 
 def detect_task(config: Any, path: str) -> TaskSection:
     """Return the task of the model with this transformers `config`, with its labels."""
     name = _task_of_architecture(config.architectures or ())
+
+    # Three tasks share the class. `problem_type` says which one it is, but not every model sets it:
+    # then a single output is a number, as in transformers itself.
     if name == "sequence_classification":
-        default = "regression" if config.num_labels == 1 else name
+        default = name
+        if config.num_labels == 1:
+            default = "regression"
         name = TASK_BY_PROBLEM_TYPE.get(config.problem_type or "", default)
+
     if name == "masked_lm":
         raise ModelError(
             f"model.path={path}: is a masked language model, which has no answer to a text. "
             "Models with a head, causal models and encoder-decoders are allowed. Train one."
         )
+
+    # In the order of the outputs, which that of the JSON need not be.
     labels = ()
     if task_class(name).has_labels:
         labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
+
     return TaskSection.model_validate({"name": name, "labels": labels})
 
 
@@ -153,6 +170,8 @@ def _task_of_architecture(architectures: Sequence[str]) -> str:
         for suffix, task in TASK_BY_CLASS_SUFFIX.items():
             if architecture.endswith(suffix):
                 return task
+
+    # Any other class is a model without a head, such as BertModel: its vectors are all it has.
     return "embedding"
 
 
@@ -169,18 +188,25 @@ def _read_task(
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:100]
         raise ModelError(
-            f"model.path={path}: is not a model folder ({str(error).splitlines()[0][:100]}). A "
-            "folder that `dist-ft export` writes is needed. Export the run first."
+            f"model.path={path}: is not a model folder ({reason}). A folder that `dist-ft export` "
+            "writes is needed. Export the run first."
         ) from error
 
+    # The files of a prompted model are those of a causal model: they know neither task nor labels.
     stored = cast("dict[str, Any]", info)
     if prompting.method == "likelihood":
         return load_stored_section(stored, "task", TaskSection, path)
+
     task = detect_task(config, path)
     if "task" not in info:
         return task
-    return load_stored_section(stored, "task", TaskSection, path).model_copy(
+
+    # An export also says what the class of the model does not, such as columns and pooling. The
+    # labels are those of the head that answers.
+    exported_task = load_stored_section(stored, "task", TaskSection, path)
+    return exported_task.model_copy(
         update={"labels": task.labels, "new_head": False, "grow_head": False}
     )
 
@@ -192,6 +218,7 @@ def _choose_attention(trained_with: str, device: str) -> str:
             "model.attention=%s: needs a GPU; using sdpa, which computes the same", trained_with
         )
         return "sdpa"
+
     return trained_with
 
 
@@ -204,6 +231,9 @@ def _load_model(task: TaskSection, section: ModelSection, tokenizer: Any, path: 
             f"such as {min(new_weights)}, and predictions would be random. A trained head is "
             "required. Train it first."
         )
+
+    # Heads that pool the last token of a row find it by the id of the padding, so the model must
+    # have the tokenizer's.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

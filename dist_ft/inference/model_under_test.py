@@ -91,15 +91,19 @@ class ForwardModel:
         config = run.config
         self._world = World()
         self._comms = collectives(self._world)
+
+        # The labels come first: they decide the size of the head that is loaded.
         run = resolve_answers(run, self._world, self._comms)
         tokenizer = load_tokenizer(run.model, config.data.cache_dir)
         self.run = run = replace(run, tokenizer=tokenizer)
+
         self._model, new_weights = load_task_model(run.model_task, run.model, config.data.cache_dir)
         length_error = heads.length_error(
             self._model.config, config.batch.sequence_length, config.model.path
         )
         if length_error:
             raise ModelError(length_error)
+
         if new_weights and not random_head:
             raise ModelError(
                 f"model.path={config.model.path}: {len(new_weights)} weights of the head are not "
@@ -109,8 +113,13 @@ class ForwardModel:
 
         self.head: str = config.prompting.method
         if config.prompting.method == "none":
-            self.head = "random" if new_weights else "trained"
+            self.head = "trained"
+            if new_weights:
+                self.head = "random"
+
         self.engine = self._build_engine()
+
+        # As a training run initializes them, so that a random head scores the same in both.
         module = self.engine.module
         heads.initialize_new_weights(
             self.engine.state_slices,
@@ -123,12 +132,15 @@ class ForwardModel:
 
     def use_template(self, template: str) -> None:
         """Use `template`, one of the run's templates, for all further prompts."""
+        # The loss holds the tokens of the labels as they are after a template: both are rebuilt.
+        # The weights stay loaded.
         self.run = replace(self.run, templates=(template,))
         self.engine = self._build_engine()
 
     @contextmanager
     def open_loader(self, sources: Sequence[Source]) -> Iterator[Loader]:
         """Yield a loader over the rows of `sources`."""
+        # In memory, because the index of these rows is needed for this evaluation only.
         store = Store(f"memory://evaluate-{uuid4().hex}")
         loader = build_held_out_loader(self.run, sources, store, self._world, self._comms)
         try:
@@ -138,6 +150,8 @@ class ForwardModel:
 
     def score(self, sources: Sequence[Source]) -> ModelScores:
         """Return the scores on the rows of `sources`."""
+        # The collector is created here, because the predictions are needed too, not only the
+        # metrics that `evaluate` returns.
         run = self.run
         collector = PredictionCollector(run.task)
         with self.open_loader(sources) as loader:
@@ -152,6 +166,7 @@ class ForwardModel:
                 self._comms,
                 outputs,
             )
+
         return ModelScores(evaluation.to_json(), *collector.gather_predictions(self._comms))
 
     def _build_engine(self) -> Any:
@@ -160,8 +175,14 @@ class ForwardModel:
 
         from dist_ft.engine.forward_engine import ForwardEngine
 
-        device = torch.device("cuda" if self.run.config.cluster.gpus_per_worker > 0 else "cpu")
+        device = torch.device("cpu")
+        if self.run.config.cluster.gpus_per_worker > 0:
+            device = torch.device("cuda")
+
+        # After the engine is built, because it moves the model to the device that the examples of
+        # prototypes are embedded on.
         engine = ForwardEngine(build_model.add_loss(self._model, self.run), device)
         if self.head == "prototypes":
             prototypes.fit_prototypes(cast("PrototypeModel", engine.module), self.run, device)
+
         return engine

@@ -53,6 +53,8 @@ def predict_folder(
     """
     store, tasks = Store(out), split_input(shards, suffix)
     todo = missing_tasks(store, tasks, model_version(model, options))
+
+    # Both yield as shards are written, so that progress is shown before the last one is.
     if workers and todo:
         from dist_ft.inference import ray_data
 
@@ -60,10 +62,16 @@ def predict_folder(
     else:
         row_counts = _predict_here(model, store, todo, options)
 
+    # Shards of earlier calls count as progress, their rows do not.
+    num_done = len(tasks) - len(todo)
     num_rows = 0
-    for num_done, count in enumerate(row_counts, len(tasks) - len(todo) + 1):
+    for count in row_counts:
+        num_done += 1
         num_rows += count
         on_progress(num_done, len(tasks))
+
+    # Success is what storage holds, not what workers reported. The model is identified again, as
+    # its files may have changed meanwhile.
     if missing_tasks(store, tasks, model_version(model, options)):
         raise DataError(
             redact(
@@ -71,6 +79,7 @@ def predict_folder(
                 "may remove them. The same command writes them again."
             )
         )
+
     return WrittenPredictions(len(tasks), num_rows)
 
 
@@ -79,16 +88,24 @@ def _absolute(model: str) -> str:
 
     Other names are returned unchanged.
     """
-    folder = os.path.abspath(local_path(model)) if is_local(model) else ""
-    return folder if os.path.isdir(folder) else model
+    if not is_local(model):
+        return model
+
+    # A hub name, such as org/name, looks like a local path too: only a folder that exists is one.
+    folder = os.path.abspath(local_path(model))
+    if os.path.isdir(folder):
+        return folder
+    return model
 
 
 def _predict_here(
     model: str, store: Store, tasks: Sequence[ShardTask], options: PredictionOptions
 ) -> Iterator[int]:
     """Write the shards in this process; yield the number of rows of each."""
+    # Nothing is left to do, so the model, which takes long to load, is not needed.
     if not tasks:
         return
+
     predictor = Predictor(model, options)
     for task in tasks:
         yield write_shard(predictor, store, task)

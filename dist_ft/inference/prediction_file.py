@@ -47,6 +47,8 @@ def predict_file(
                 "remove this one."
             )
         )
+
+    # Before the first row, because rows without a version could not be resumed.
     version_file.write_text(predictor.version, "utf-8")
 
     with open(path, "a", encoding="utf-8") as file:
@@ -56,12 +58,17 @@ def predict_file(
             number += 1
             if isinstance(row, DataError):
                 raise row
+
+            # Rows that are done are still read, because rows have no address to start from.
             if number > num_done:
                 chunk.append(row)
+
+            # Random draws follow from the number of a row, so a chunk comes with that of its first.
             if len(chunk) == CHUNK_ROWS:
                 _write(predictor, chunk, number - len(chunk), file)
                 chunk = []
                 on_progress(number)
+
         _write(predictor, chunk, number - len(chunk), file)
 
     if number < num_done:
@@ -71,14 +78,20 @@ def predict_file(
                 "file of the same rows. Name another."
             )
         )
+
     return number
 
 
 def _write(predictor: Predictor, rows: list[Row], start: int, file: Any) -> None:
-    predictions = predictor.predict(rows, start) if rows else []
+    predictions: list[dict[str, Any]] = []
+    if rows:
+        predictions = predictor.predict(rows, start)
+
     for row, prediction in zip(rows, predictions, strict=True):
         line = {**row, "prediction": prediction}
         file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+
+    # So that a killed command loses at most one chunk.
     file.flush()
 
 
@@ -90,8 +103,11 @@ def _trim_to_whole_lines(path: Path) -> int:
     """Remove what follows the last whole line of a file; return the number of whole lines."""
     if not path.exists():
         return 0
+
+    # A command that was killed while writing leaves a part of a line; its row is predicted again.
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)
+
     return content.count(b"\n")

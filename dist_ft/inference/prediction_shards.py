@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dist_ft.core.errors import DataError
 from dist_ft.data.block import ShardRange
@@ -70,12 +71,14 @@ def split_input(
     parts = []
     for number, shard in enumerate(shards):
         parts += readers.split_into_ranges(shard, number, part_bytes)
-    return [
-        ShardTask(
-            number, f"part-{number:05d}-of-{len(parts):05d}.{suffix}", shards[part.shard], part
-        )
-        for number, part in enumerate(parts)
-    ]
+
+    # Names contain the number of parts, so all parts come first.
+    tasks = []
+    for number, part in enumerate(parts):
+        name = f"part-{number:05d}-of-{len(parts):05d}.{suffix}"
+        tasks.append(ShardTask(number, name, shards[part.shard], part))
+
+    return tasks
 
 
 def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> list[ShardTask]:
@@ -85,11 +88,15 @@ def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> lis
 
     Raises DataError if the folder is of another model or other rows.
     """
+    # URL, size and version of the input's shards stand for its rows; the names of the output
+    # contain the format and the number of parts.
     info = {
         "model": version,
         "shards": [asdict(task.shard) for task in tasks],
         "names": [task.name for task in tasks],
     }
+
+    # A folder without the file was not written by this command: another's shards are not mixed in.
     existing = set(store.list())
     if INFO_FILE in existing:
         if json.loads(store.read(INFO_FILE)) != info:
@@ -104,7 +111,9 @@ def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> lis
             "folder is allowed. Name another."
         )
     else:
+        # Before the first shard, so that a killed command leaves no shards of an unknown model.
         store.write(INFO_FILE, json.dumps(info).encode())
+
     return [task for task in tasks if task.name not in existing]
 
 
@@ -112,15 +121,26 @@ def write_shard(predictor: Predictor, store: Store, task: ShardTask) -> int:
     """Read the rows of a part, predict, and write the shard; return the number of rows."""
     rows: list[Row] = []
     for _, chunk in readers.read_ranges(task.shard, [task.part]):
-        for row in chunk if isinstance(chunk, list) else chunk.to_pylist():
+        # Tables are read as Arrow, text formats as lists that hold errors in the place of bad rows.
+        if not isinstance(chunk, list):
+            chunk = chunk.to_pylist()
+
+        for row in chunk:
             if isinstance(row, DataError):
                 raise row
             rows.append(row)
 
-    predictions = predictor.predict(rows, task.number * MAX_PART_ROWS) if rows else []
+    # The seed of a row follows from its part, not from the worker or the order of the parts.
+    predictions: list[dict[str, Any]] = []
+    if rows:
+        predictions = predictor.predict(rows, task.number * MAX_PART_ROWS)
+
+    content = []
+    for row, prediction in zip(rows, predictions, strict=True):
+        content.append({**row, "prediction": prediction})
+
+    # One write of the whole shard: a shard that exists is complete. An empty part becomes an empty
+    # shard, or it would be missing forever.
     encode = ENCODERS[task.suffix]
-    content = [
-        {**row, "prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)
-    ]
     store.write(task.name, encode(content))
     return len(rows)

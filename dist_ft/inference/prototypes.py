@@ -1,4 +1,8 @@
-"""Prototypes of labels: mean vectors of training examples, computed before a model is scored."""
+"""Prototypes of labels: mean vectors of training examples, computed before a model is scored.
+
+Dimensions: E examples, with L tokens in all; B rows of a batch, T tokens of the longest, H hidden
+size.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,8 @@ def fit_prototypes(module: PrototypeModel, run: ResolvedRun, device: torch.devic
     """
     task, config = run.task, run.config
     samples = draw_examples(run, config.prompting.shots or ALL_EXAMPLES)
-    absent = sorted(set(range(len(task.labels))) - {sample.label for sample in samples})
+    found = {sample.label for sample in samples}
+    absent = sorted(set(range(len(task.labels))) - found)
     if absent:
         raise DataError(
             f"data.train: has no row with the label {task.labels[absent[0]]}, so it can have no "
@@ -35,19 +40,26 @@ def fit_prototypes(module: PrototypeModel, run: ResolvedRun, device: torch.devic
             "task.labels."
         )
 
+    # Encoded as training rows would be, but truncated: an example that is dropped would leave its
+    # label with fewer of them, or with none.
     section = config.effective_data.model_copy(update={"overlong": "truncate"})
     encoder = make_encoder(run.tokenizer, section, task, config.batch.sequence_length)
-    encoded = encoder.encode([_as_row(sample, run) for sample in samples], "data.train")
-    by_length = np.argsort(np.diff(encoded.offsets), kind="stable")
+    rows = [_as_row(sample, run) for sample in samples]
+    encoded = encoder.encode(rows, "data.train")
+
+    # Rows of similar length share a batch, which saves padding; a mean does not depend on order.
+    by_length = np.argsort(np.diff(encoded.offsets), kind="stable")  # (E,)
     vectors = []
     with torch.inference_mode():
         for start in range(0, len(by_length), BATCH_ROWS):
-            rows = by_length[start : start + BATCH_ROWS]
-            batch = _batch(encoded.tokens, encoded.targets, encoded.offsets, rows)
+            numbers = by_length[start : start + BATCH_ROWS]
+            batch = _batch(encoded.tokens, encoded.targets, encoded.offsets, numbers)
             inputs = module.prepare_inputs(batch, device)
             vectors.append(module.embed(inputs["ids"], inputs["mask"]).cpu())  # (B, H)
-    labels = torch.tensor([samples[row].label for row in by_length])
-    # a clone outside of inference mode, so that autograd accepts it
+
+    labels = torch.tensor([samples[number].label for number in by_length])  # (E,)
+
+    # A clone outside of inference mode, so that autograd accepts it.
     module.fit_prototypes(torch.cat(vectors).clone(), labels, len(task.labels))
 
 
@@ -61,16 +73,25 @@ def _as_row(sample: Sample, run: ResolvedRun) -> Row:
 
 
 def _batch(tokens: np.ndarray, labels: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> Batch:
-    """Return some rows as one padded batch (B, T)."""
-    ranges = [slice(offsets[row], offsets[row + 1]) for row in rows]
-    segments = np.array(
-        [(row, 0, own.stop - own.start, 0) for row, own in zip(rows, ranges, strict=True)],
-        np.int64,
-    )
+    """Return some rows as one padded batch (B, T).
+
+    Args:
+        tokens, labels: (L,) of all rows.
+        offsets: (E + 1,) start of each row in them, and the end.
+        rows: (B,) numbers of the rows.
+    """
+    token_parts, label_parts = [], []
+    segments = np.zeros((len(rows), 4), np.int64)
+    for number, row in enumerate(rows):
+        own = slice(offsets[row], offsets[row + 1])
+        token_parts.append(tokens[own])
+        label_parts.append(labels[own])
+        segments[number] = (row, 0, own.stop - own.start, 0)  # each row is one whole segment
+
     return assemble_batch(
-        np.concatenate([tokens[own] for own in ranges]),
-        np.concatenate([labels[own] for own in ranges]),
+        np.concatenate(token_parts),
+        np.concatenate(label_parts),
         segments,
         np.arange(len(rows)),
-        0,
+        lane=0,
     )

@@ -44,7 +44,11 @@ class PseudoLabeledRows:
 
 
 class _Candidate(NamedTuple):
-    """A row with its new label; ordered by confidence, then earlier rows first."""
+    """A row with its new label, ordered by confidence; of equally confident rows, later ones first.
+
+    No two numbers are equal, so that the rows themselves, which cannot be ordered, are never
+    compared.
+    """
 
     confidence: float
     minus_number: int
@@ -75,10 +79,15 @@ def pseudo_label(
             f"a model of task {task.name} does not choose one label for a text. Models of "
             "sequence_classification are allowed. Give one that was trained with it."
         )
+
+    # Every label has an entry from the start, so that one without a row is shown with 0.
     kept: dict[str, list[_Candidate]] = {label: [] for label in task.labels}
     left_out: Counter[str] = Counter()
-    stream = _unlabeled(rows, task.section.columns.label, left_out)
+    column = task.columns.label
+    stream = _unlabeled(rows, column, left_out)
     number = 0
+
+    # In chunks: the input may be larger than memory, and only rows that are kept stay there.
     while chunk := list(islice(stream, CHUNK_ROWS)):
         for row, prediction in zip(chunk, predictor.predict(chunk), strict=True):
             label, probability = prediction["label"], float(prediction["score"])
@@ -86,22 +95,32 @@ def pseudo_label(
             if probability < confidence:
                 left_out["unsure"] += 1
                 continue
-            labeled = {**row, task.section.columns.label: label, CONFIDENCE: probability}
+
+            labeled = {**row, column: label, CONFIDENCE: probability}
             candidate = _Candidate(probability, -number, labeled)
-            if max_per_label and len(kept[label]) == max_per_label:
-                heapq.heappushpop(kept[label], candidate)  # drops the least confident row
+            heap = kept[label]
+
+            # The least confident row of a label is at the top of its heap, and leaves it first.
+            if max_per_label and len(heap) == max_per_label:
+                heapq.heappushpop(heap, candidate)
                 left_out["over"] += 1
             else:
-                heapq.heappush(kept[label], candidate)
+                heapq.heappush(heap, candidate)
 
-    candidates = [candidate for heap in kept.values() for candidate in heap]
+    candidates: list[_Candidate] = []
+    num_kept = {}
+    for label, heap in kept.items():
+        candidates += heap
+        num_kept[label] = len(heap)
+
+    # Back to the order of the input: heaps are ordered by confidence.
     candidates.sort(key=lambda candidate: -candidate.minus_number)
     return PseudoLabeledRows(
-        [candidate.row for candidate in candidates],
-        {label: len(heap) for label, heap in kept.items()},
-        left_out["unsure"],
-        left_out["over"],
-        left_out["labeled"],
+        rows=[candidate.row for candidate in candidates],
+        num_kept=num_kept,
+        num_unsure=left_out["unsure"],
+        num_over=left_out["over"],
+        num_labeled=left_out["labeled"],
     )
 
 
@@ -112,6 +131,7 @@ def _unlabeled(
     for row in rows:
         if isinstance(row, DataError):
             raise row
+
         if row.get(column) is not None:
             left_out["labeled"] += 1
         else:
@@ -122,13 +142,14 @@ def describe(result: PseudoLabeledRows, out: str) -> str:
     """Return the table of the rows that were kept and left out."""
     from dist_ft.training.console import format_table
 
-    by_count = sorted(result.num_kept.items(), key=lambda item: -item[1])
-    return format_table(
-        f"{len(result.rows):,} rows in {out}",
-        [
-            *((f"as {label}", f"{count:,}") for label, count in by_count),
-            ("left out: not confident enough", f"{result.num_unsure:,}"),
-            ("left out: over the limit per label", f"{result.num_over:,}"),
-            ("left out: had a label", f"{result.num_labeled:,}"),
-        ],
-    )
+    # Most frequent first; the sort is stable, so that equal counts keep the order of the labels.
+    table = []
+    for label, count in sorted(result.num_kept.items(), key=lambda item: -item[1]):
+        table.append((f"as {label}", f"{count:,}"))
+
+    table += [
+        ("left out: not confident enough", f"{result.num_unsure:,}"),
+        ("left out: over the limit per label", f"{result.num_over:,}"),
+        ("left out: had a label", f"{result.num_labeled:,}"),
+    ]
+    return format_table(f"{len(result.rows):,} rows in {out}", table)

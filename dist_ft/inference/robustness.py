@@ -1,8 +1,7 @@
-"""Robustness scores of a model: on rows out of scope, with typos, with names swapped.
+"""Robustness scores of a model, in addition to its metrics.
 
-Next to its metrics.
-
-Changed rows are written into a temporary folder and scored like all others.
+They are measured on rows out of scope, on rows with typos and on rows with names swapped. Changed
+rows are written into a temporary folder and scored like all others.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,16 @@ def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
     if not has_out_of_scope and not section.typo_rate and section.swaps is None:
         return dict(model.score(config.evaluation.data).metrics)
 
+    # Rows out of scope have no label of the task, so the metrics leave them out.
     in_scope: list[Row] = []
     out_of_scope: list[Row] = []
     for row in _rows(config, config.evaluation.data):
         is_outside = label is not None and str(row.get(task.columns.label)) == label
-        (out_of_scope if is_outside else in_scope).append(row)
+        if is_outside:
+            out_of_scope.append(row)
+        else:
+            in_scope.append(row)
+
     if has_out_of_scope:
         out_of_scope += _rows(config, section.out_of_scope)
 
@@ -51,6 +55,7 @@ def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
             values |= _score_typos(model, in_scope, folder)
         if section.swaps is not None:
             values |= _score_swaps(model, in_scope, folder)
+
     return values
 
 
@@ -73,7 +78,8 @@ def _score_out_of_scope(
             ],
             "evaluate",
         )
-    # readers need a known label; which one makes no difference, for only confidence is used
+
+    # Readers need a known label; which one makes no difference, for only confidence is used.
     placeholder = {config.task.columns.label: model.run.labels[0]}
     rows = [{**row, **placeholder} for row in out_of_scope]
     scores = model.score(_write_source(folder, "outside", rows))
@@ -89,34 +95,47 @@ def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
     section, task = config.evaluation.robustness, make_task(config.task)
     noisy = []
     for number, row in enumerate(rows):
+        # A function for each row, so that its typos do not depend on the rows before it.
         add_typos = perturb.make_typo_function(section.typo_rate, section.seed, number)
         noisy.append(perturb.perturb_row(row, task.text_columns(), add_typos))
+
     metrics = model.score(_write_source(folder, "typos", noisy)).metrics
-    return {f"{name}_typos": metrics[name] for name in task.metrics if name in metrics}
+    scores = {}
+    for name in task.metrics:
+        if name in metrics:
+            scores[f"{name}_typos"] = metrics[name]
+
+    return scores
 
 
 def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
     """Return how predictions change where names are swapped, over rows with such names."""
     config = model.run.config
     task, swap = make_task(config.task), perturb.make_swap_function(_swap_pairs(config))
+
+    # Only rows that hold a term of a pair: all others would make the share of changes look small.
     original, swapped = [], []
     for row in rows:
         changed = perturb.perturb_row(row, task.text_columns(), swap)
         if changed != row:
             original.append(row)
             swapped.append(changed)
+
     if not original:
         return {"counterfactual_rows": 0}
 
     before = model.score(_write_source(folder, "before", original))
     after = model.score(_write_source(folder, "after", swapped))
+
+    # Decisions are compared, not logits: those differ a little for any change.
+    share = share_of_changed_predictions(
+        [task.decide(predicted) for predicted in before.predicted],
+        [task.decide(predicted) for predicted in after.predicted],
+    )
     metric = task.metrics[0]
     return {
         "counterfactual_rows": len(original),
-        "counterfactual_changed": share_of_changed_predictions(
-            [task.decide(one) for one in before.predicted],
-            [task.decide(one) for one in after.predicted],
-        ),
+        "counterfactual_changed": share,
         "counterfactual_gap": abs(before.metrics[metric] - after.metrics[metric]),
     }
 
@@ -143,9 +162,13 @@ def _rows(
     config: RunConfig, sources: Iterable[Source], field: str = "evaluation.data"
 ) -> Iterator[Row]:
     """Yield the rows of sources, the first evaluation.max_samples if these are held-out data."""
-    limit = config.evaluation.max_samples if field == "evaluation.data" else 0
-    shards = [shard for shards in discover_shards(list(sources), field) for shard in shards]
-    rows = (row for shard in shards for row in readers.iter_rows(shard))
+    # A file of swaps is no held-out data: all of it is read.
+    limit = 0
+    if field == "evaluation.data":
+        limit = config.evaluation.max_samples
+
+    shards = chain.from_iterable(discover_shards(list(sources), field))
+    rows = chain.from_iterable(map(readers.iter_rows, shards))
     for row in islice(rows, limit or None):
         if not isinstance(row, DataError):
             yield row

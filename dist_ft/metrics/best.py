@@ -22,13 +22,18 @@ def sort_key(metric: str, value: float) -> float:
 
     Infinity for a value that is not finite.
     """
+    # NaN compares as false with every number: `min` would depend on the order of the values.
     if not math.isfinite(value):
         return math.inf
-    return value if metric in LOWER_IS_BETTER else -value
+
+    if metric in LOWER_IS_BETTER:
+        return value
+    return -value
 
 
 def find_best(metric: str, history: Sequence[tuple[int, float]]) -> EvaluationPoint:
     """Return the best of the (step, value) pairs of `history`; of equal ones the first."""
+    # `min` returns the first of equal keys, so an equal value later on is no improvement.
     step, value = min(history, key=lambda point: sort_key(metric, point[1]))
     return EvaluationPoint(step, value)
 
@@ -38,7 +43,9 @@ def should_stop_early(metric: str, history: Sequence[tuple[int, float]], patienc
 
     Patience 0: never.
     """
+    # There must be an earlier evaluation that the last `patience` could have improved on.
     if not patience or len(history) <= patience:
         return False
+
     last_steps = {step for step, _ in history[-patience:]}
     return find_best(metric, history).step not in last_steps

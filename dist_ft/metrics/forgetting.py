@@ -47,19 +47,37 @@ def measure_forgetting(matrix: Matrix, metric: str) -> ForgettingScores | None:
     if not matrix:
         raise ValueError("a matrix of no stages")
 
-    last = len(matrix) - 1
-    lower_triangle = [[row[j] for j in range(i + 1)] for i, row in enumerate(matrix)]
-    if any(value is None for row in lower_triangle for value in row):
-        return None
+    # Scores above the diagonal are of stages that the model was not trained on yet: they may be
+    # missing, and count for nothing here.
+    lower_triangle: list[list[float | None]] = []
+    for i, row in enumerate(matrix):
+        lower_triangle.append([row[j] for j in range(i + 1)])
 
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    scores = [[sign * value for value in row if value is not None] for row in lower_triangle]
+    # With this sign, more is better for every metric.
+    sign = 1.0
+    if metric in LOWER_IS_BETTER:
+        sign = -1.0
+
+    scores: list[list[float]] = []
+    for lower_row in lower_triangle:
+        signed_row = [sign * value for value in lower_row if value is not None]
+        if len(signed_row) < len(lower_row):
+            return None
+        scores.append(signed_row)
+
+    # The average is reported as the metric itself, so the sign is undone.
+    last = len(matrix) - 1
     final = scores[last]
     average = sign * sum(final) / len(matrix)
     if last == 0:
         return ForgettingScores(average, None, None)
 
-    transfer = sum(final[j] - scores[j][j] for j in range(last)) / last
-    best_before = [max(scores[i][j] for i in range(j, last)) for j in range(last)]
-    forgetting = sum(best_before[j] - final[j] for j in range(last)) / last
-    return ForgettingScores(average, transfer, forgetting)
+    # Only earlier stages can be forgotten: the last one was just trained.
+    gains: list[float] = []
+    losses: list[float] = []
+    for j in range(last):
+        scores_of_stage = [scores[i][j] for i in range(j, last)]  # after stages j .. last - 1
+        gains.append(final[j] - scores_of_stage[0])
+        losses.append(max(scores_of_stage) - final[j])
+
+    return ForgettingScores(average, sum(gains) / last, sum(losses) / last)

@@ -1,6 +1,6 @@
 """Robustness scores: out-of-scope detection, and predictions that a perturbation changes. Pure.
 
-K is the number of labels, T the number of words of a row.
+Dimensions: N rows in scope, M rows out of scope, K labels.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ def out_of_scope_auroc(in_scope: Sequence[Any], out_of_scope: Sequence[Any]) -> 
     """
     from sklearn.metrics import roc_auc_score
 
-    confidence = [softmax(np.array(logits)).max(1) for logits in (in_scope, out_of_scope)]
+    confidence_parts = []
+    for logits in (in_scope, out_of_scope):
+        probabilities = softmax(np.array(logits))  # (N, K), then (M, K)
+        confidence_parts.append(probabilities.max(1))
+
+    confidence = np.concatenate(confidence_parts)  # (N + M,)
     is_in_scope = [1] * len(in_scope) + [0] * len(out_of_scope)
-    return float(roc_auc_score(is_in_scope, np.concatenate(confidence)))
+    return float(roc_auc_score(is_in_scope, confidence))
 
 
 def share_of_changed_predictions(before: Sequence[Any], after: Sequence[Any]) -> float:
@@ -37,5 +42,9 @@ def share_of_changed_predictions(before: Sequence[Any], after: Sequence[Any]) ->
         before: what the model decided for each row (`Task.decide`).
         after: the same for each perturbed row, in the order of `before`.
     """
-    changed = [not np.array_equal(*pair) for pair in zip(before, after, strict=True)]
+    # A decision may be an array (tags, spans), for which `!=` would compare element by element.
+    changed = []
+    for decision, perturbed_decision in zip(before, after, strict=True):
+        changed.append(not np.array_equal(decision, perturbed_decision))
+
     return float(np.mean(changed))

@@ -3,8 +3,8 @@
 Values are those of scikit-learn, scipy and seqeval. A metric that is not defined for the data (no
 spread) is NaN.
 
-N is the number of samples, K the number of labels, H the size of a vector, T the number of words of
-a sample.
+Dimensions: N samples, K labels, T words of a sample, H size of a vector, C vectors compared at
+once.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ def sequence_classification(
     """Return the metrics of `logits` (N, K) for `labels` (N,)."""
     from sklearn import metrics
 
-    predicted = logits.argmax(1)
-    probabilities = softmax(logits)
+    predicted = logits.argmax(1)  # (N,)
+    probabilities = softmax(logits)  # (N, K)
+
+    # All labels are passed: scikit-learn would leave out those that do not occur in this data, and
+    # tables of two evaluations would have different rows.
     label_ids = list(range(len(names)))
     report = metrics.classification_report(
         labels,
@@ -60,6 +63,7 @@ def sequence_classification(
         zero_division=0,
     )
 
+    # Unlike the tables, the averages are over labels that occur or are predicted.
     def f1(average: str) -> float:
         return float(metrics.f1_score(labels, predicted, average=average, zero_division=0))
 
@@ -85,7 +89,8 @@ def multi_label(names: Sequence[str], labels: np.ndarray, logits: np.ndarray) ->
     """
     from sklearn import metrics
 
-    predicted = (logits > 0).astype(int)
+    # Each label has a probability of its own: a logit above 0 is one of more than 0.5.
+    predicted = (logits > 0).astype(int)  # (N, K)
     report = metrics.classification_report(
         labels, predicted, target_names=list(names), output_dict=True, zero_division=0
     )
@@ -95,6 +100,7 @@ def multi_label(names: Sequence[str], labels: np.ndarray, logits: np.ndarray) ->
 
     return TaskScores(
         {
+            # a row is right only if its whole label set is
             "accuracy": float((predicted == labels).all(1).mean()),
             "f1_micro": f1("micro"),
             "f1_macro": f1("macro"),
@@ -113,6 +119,7 @@ def regression(targets: np.ndarray, predicted: np.ndarray) -> TaskScores:
         "pearson": math.nan,
         "spearman": math.nan,
     }
+    # scipy raises an error for a correlation of a single pair.
     if len(targets) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of data without spread, whose correlations are NaN
@@ -135,15 +142,20 @@ def token_classification(
     from seqeval import metrics
     from sklearn.metrics import accuracy_score, classification_report
 
-    names = np.array(names, dtype=object)
-    flat_expected, flat_predicted = np.concatenate(expected), np.concatenate(predicted)
-    expected_names = [names[tags].tolist() for tags in expected]
-    predicted_names = [names[tags].tolist() for tags in predicted]
+    # seqeval takes tags as text, row by row, because an entity ends with its row; the accuracy of
+    # single tags needs no rows.
+    name_of = np.array(names, dtype=object)
+    expected_names = [name_of[tags].tolist() for tags in expected]
+    predicted_names = [name_of[tags].tolist() for tags in predicted]
+    flat_expected = np.concatenate(expected)
+    flat_predicted = np.concatenate(predicted)
 
     values = {"accuracy": float(accuracy_score(flat_expected, flat_predicted))}
     tables: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types that do not occur; they count 0
+
+        # Plain tags, such as parts of speech, mark no entities.
         if any(_is_entity_tag(label) for label in names):
             pair = (expected_names, predicted_names)
             values["precision"] = float(metrics.precision_score(*pair))
@@ -179,14 +191,23 @@ def question_answering(expected: np.ndarray, predicted: np.ndarray) -> TaskScore
             -1: no answer.
         predicted: (N, 3) the same, as predicted.
     """
+    # All arrays are (N,). Positions of different windows cannot be compared, and window -1 (no
+    # answer) has none.
     is_exact = (expected == predicted).all(1)
     same_window = (expected[:, 0] == predicted[:, 0]) & (expected[:, 0] >= 0)
 
+    # Both ends of a span are part of it, hence + 1.
     first = np.maximum(expected[:, 1], predicted[:, 1])
     last = np.minimum(expected[:, 2], predicted[:, 2])
     overlap = np.where(same_window, np.maximum(last - first + 1, 0), 0)
-    sizes = (expected[:, 2] - expected[:, 1] + 1) + (predicted[:, 2] - predicted[:, 1] + 1)
+
+    # F1 of two spans is twice the overlap over the sum of their sizes.
+    expected_sizes = expected[:, 2] - expected[:, 1] + 1
+    predicted_sizes = predicted[:, 2] - predicted[:, 1] + 1
+    sizes = expected_sizes + predicted_sizes
     partial_f1 = np.where(same_window, 2 * overlap / np.maximum(sizes, 1), 0.0)
+
+    # "No answer" predicted for "no answer" is exact, although nothing overlaps.
     f1 = np.where(is_exact, 1.0, partial_f1)
     return TaskScores({"exact_match": float(is_exact.mean()), "f1": float(f1.mean())})
 
@@ -198,19 +219,27 @@ def embedding(first: np.ndarray, second: np.ndarray) -> TaskScores:
     """
     first = first / np.linalg.norm(first, axis=1, keepdims=True)
     second = second / np.linalg.norm(second, axis=1, keepdims=True)
-    own_cosine = (first * second).sum(1)[:, None] - COSINE_TOLERANCE
+    own_cosine = (first * second).sum(1)[:, None] - COSINE_TOLERANCE  # (N, 1)
 
-    # A vector that is not clearly farther counts as nearer, so that equal vectors, or NaN, retrieve
-    # nothing.
-    ranks = np.concatenate(
-        [
-            (~(first[i : i + ROWS_PER_CHUNK] @ second.T < own_cosine[i : i + ROWS_PER_CHUNK])).sum(
-                1
-            )
-            for i in range(0, len(first), ROWS_PER_CHUNK)
-        ]
-    )
-    values = {f"recall@{k}": float((ranks <= k).mean()) for k in RECALL_CUTOFFS if k <= len(ranks)}
+    # In chunks, because all cosines at once would be an (N, N) matrix.
+    rank_chunks = []
+    for start in range(0, len(first), ROWS_PER_CHUNK):
+        chunk = slice(start, start + ROWS_PER_CHUNK)
+        cosines = first[chunk] @ second.T  # (C, N)
+
+        # A vector that is not clearly farther counts as nearer, so that equal vectors, or NaN,
+        # retrieve nothing. The own partner always counts: ranks start at 1.
+        is_nearer = ~(cosines < own_cosine[chunk])
+        rank_chunks.append(is_nearer.sum(1))
+
+    ranks = np.concatenate(rank_chunks)  # (N,)
+    values = {}
+    for cutoff in RECALL_CUTOFFS:
+        # A cutoff above N would include every vector.
+        if cutoff <= len(ranks):
+            values[f"recall@{cutoff}"] = float((ranks <= cutoff).mean())
+
+    # One vector of `second` is relevant, so that its gain is the NDCG.
     gains = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
     values["mrr"] = float((1 / ranks).mean())
     values["ndcg@10"] = float(gains.mean())
@@ -228,7 +257,12 @@ def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
 
     Source: Guo et al., arXiv:1706.04599.
     """
-    bins = np.minimum((np.nan_to_num(confidence) * NUM_BINS).astype(int), NUM_BINS - 1)
+    # A confidence of 1 belongs to the last bin. NaN needs some bin, too: it makes that bin's sum,
+    # and so the error, NaN.
+    bins = (np.nan_to_num(confidence) * NUM_BINS).astype(int)  # (N,)
+    bins = np.minimum(bins, NUM_BINS - 1)
+
+    # Sums over the samples of a bin instead of means: the weight of a bin, its count, cancels out.
     count = np.bincount(bins, minlength=NUM_BINS)
     confidence_sums = np.bincount(bins, confidence, NUM_BINS)
     correct_sums = np.bincount(bins, is_correct.astype(float), NUM_BINS)
@@ -237,6 +271,7 @@ def calibration_error(confidence: np.ndarray, is_correct: np.ndarray) -> float:
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     """Return the probabilities of logits (..., K)."""
+    # Without its largest logit, a row has the same probabilities, and `exp` cannot overflow.
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 

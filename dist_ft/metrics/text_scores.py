@@ -42,18 +42,23 @@ def compute_text_metrics(
     pairs = list(zip(texts, references, strict=True))
     values: dict[str, float] = {}
     for metric in metrics:
+        # BLEU and chrF count n-grams over all texts: they are not means over sentences.
         if metric in ("bleu", "chrf"):
             values[metric] = _corpus_score(metric, texts, references, tokenizer)
+
+        # Edits of all texts over tokens of all references: a mean of rates would give a short
+        # reference the weight of a long one.
         elif metric == "token_error_rate":
-            num_edits = sum(
-                edit_distance(split(text), split(reference)) for text, reference in pairs
-            )
-            num_tokens = sum(len(split(reference)) for reference in references)
+            num_edits = num_tokens = 0
+            for text, reference in pairs:
+                num_edits += edit_distance(split(text), split(reference))
+                num_tokens += len(split(reference))
             values[metric] = num_edits / max(1, num_tokens)
+
         else:
-            scores = [
-                compute_text_metric(metric, text, reference, tokenizer) for text, reference in pairs
-            ]
+            scores = []
+            for text, reference in pairs:
+                scores.append(compute_text_metric(metric, text, reference, tokenizer))
             values[metric] = float(np.mean(scores))
 
     return values
@@ -65,6 +70,7 @@ def compute_text_metric(metric: str, text: str, reference: str, tokenizer: str =
     bleu and chrf are those of a sentence, 0 to 100; token_error_rate may exceed 1; all others are 0
     to 1.
     """
+    # Imported where they are used: a run without these metrics need not load the libraries.
     split = get_word_splitter(tokenizer)
     if metric == "bleu":
         import sacrebleu
@@ -95,18 +101,26 @@ def get_word_splitter(tokenizer: str) -> Callable[[str], list[str]]:
     """Return a function that splits text: at whitespace, or for zh and char as sacrebleu does."""
     if tokenizer not in UNSPACED_TOKENIZERS:
         return str.split
+
+    # sacrebleu puts spaces between the tokens of a line.
     tokenize = _sacrebleu_tokenizer(tokenizer)
     return lambda text: tokenize(text).split()
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
     """Return the Levenshtein distance of two lists: insertions, deletions and replacements."""
+    # One row of the table is kept. Before step i, row[j] is the distance between the first i - 1
+    # tokens of `first` and the first j of `second`; after it, that of the first i tokens.
     row = list(range(len(second) + 1))
     for i, token in enumerate(first, 1):
-        diagonal, row[0] = row[0], i
+        diagonal = row[0]  # row[j - 1] before this step
+        row[0] = i
         for j, other in enumerate(second, 1):
+            above = row[j]
             replaced = diagonal + (token != other)
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, replaced)
+            row[j] = min(above + 1, row[j - 1] + 1, replaced)
+            diagonal = above
+
     return row[-1]
 
 
@@ -117,6 +131,8 @@ def token_f1(first: Sequence[str], second: Sequence[str]) -> float:
     """
     if not first or not second:
         return float(not first and not second)
+
+    # The intersection of counters has the lower of the two counts.
     num_common = sum((Counter(first) & Counter(second)).values())
     return 2 * num_common / (len(first) + len(second))
 
@@ -124,7 +140,11 @@ def token_f1(first: Sequence[str], second: Sequence[str]) -> float:
 def last_number(text: str) -> Decimal | None:
     """Return the last number in a text ("#### 1,042" gives 1042); None without a number."""
     numbers = NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "")) if numbers else None
+    if not numbers:
+        return None
+
+    # A decimal, so that 0.1 equals 0.10 and long numbers are compared digit by digit.
+    return Decimal(numbers[-1].replace(",", ""))
 
 
 def _corpus_score(
@@ -155,8 +175,9 @@ class _RougeTokenizer:
 def _rouge_scorer(tokenizer: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(
-        list(ROUGE_METRICS),
-        use_stemmer=False,
-        tokenizer=_RougeTokenizer(tokenizer) if tokenizer in UNSPACED_TOKENIZERS else None,
-    )
+    # rouge-score's own tokenizer keeps ASCII letters and digits only: of Chinese nothing is left.
+    own_tokenizer = None
+    if tokenizer in UNSPACED_TOKENIZERS:
+        own_tokenizer = _RougeTokenizer(tokenizer)
+
+    return RougeScorer(list(ROUGE_METRICS), use_stemmer=False, tokenizer=own_tokenizer)

@@ -69,14 +69,18 @@ class Adversary:
         if section.method == "fgm":
             num_steps, step_size = 1, section.epsilon
 
-        self._is_active, self._perturbations = True, []
+        self._is_active = True
+        self._perturbations = []
         try:
-            # The batch as it is; its gradient gives the first step.
+            # The batch as it is; its gradient gives the first step. A pass that is trained on
+            # anyway provides it, so FGM needs two passes and not three.
             self._start_pass()
             loss = forward()
             backward(loss, 1.0, False)
             self._step(step_size)
 
+            # Further steps need the gradient of the embeddings only. A `backward` would add to the
+            # gradients of weights, and under ZeRO would reduce them over all ranks.
             for _ in range(num_steps - 1):
                 self._start_pass()
                 perturbed_loss = forward_for_gradient()
@@ -88,11 +92,16 @@ class Adversary:
             backward(forward(), section.weight, True)
             return loss
         finally:
+            # Held embeddings would keep the graph of the last pass in memory.
             self._is_active = False
-            self._perturbations, self._gradients, self._embeddings = [], [], []
+            self._perturbations = []
+            self._gradients = []
+            self._embeddings = []
 
     def _start_pass(self) -> None:
-        self._gradients, self._embeddings, self._lengths = [], [], []
+        self._gradients = []
+        self._embeddings = []
+        self._lengths = []
 
     def _perturb(
         self, _embedding: torch.nn.Module, _args: Any, output: torch.Tensor
@@ -100,19 +109,25 @@ class Adversary:
         """Perturb embeddings (B, T, H) and record their gradient; a forward hook."""
         if not self._is_active:
             return None
+
+        # A model may embed several texts in a forward; all passes call the layer in the same order.
         number = len(self._embeddings)
         perturbed = output
         if self._perturbations:
             perturbed = output + self._perturbations[number].to(output.dtype)
-        if not perturbed.requires_grad:  # the embeddings are frozen
+        if not perturbed.requires_grad:
+            # The embeddings are frozen: the graph of this pass starts here.
             perturbed = perturbed.detach().requires_grad_()
 
         self._embeddings.append(perturbed)
         self._gradients.append(None)
         self._lengths.append(self._module.sample_lengths(output.shape).to(output.device))
-        perturbed.register_hook(
-            lambda gradient: self._gradients.__setitem__(number, gradient.detach())
-        )
+
+        # The engine runs the backward, so a hook collects the gradient.
+        def record_gradient(gradient: torch.Tensor) -> None:
+            self._gradients[number] = gradient.detach()
+
+        perturbed.register_hook(record_gradient)
         return perturbed
 
     def _step(self, step_size: float) -> None:
@@ -123,17 +138,18 @@ class Adversary:
                 "gradient at its input embeddings. Only models that embed tokens by "
                 "get_input_embeddings() are allowed. Use method none, or another model."
             )
-        steps = [
-            step_along_gradient(gradient.float(), lengths, step_size)
-            for gradient, lengths in zip(self._gradients, self._lengths, strict=True)
-            if gradient is not None
-        ]
+
+        steps = []
+        for gradient, lengths in zip(self._gradients, self._lengths, strict=True):
+            if gradient is not None:
+                steps.append(step_along_gradient(gradient.float(), lengths, step_size))
         if self._perturbations:
             steps = [old + step for old, step in zip(self._perturbations, steps, strict=True)]
-        self._perturbations = [
-            clip_to_epsilon(perturbation, lengths, self._section.epsilon)
-            for perturbation, lengths in zip(steps, self._lengths, strict=True)
-        ]
+
+        epsilon = self._section.epsilon
+        self._perturbations = []
+        for perturbation, lengths in zip(steps, self._lengths, strict=True):
+            self._perturbations.append(clip_to_epsilon(perturbation, lengths, epsilon))
 
 
 def sample_norms(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -142,6 +158,7 @@ def sample_norms(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     `lengths` (N,) of the samples sum to B*T.
     """
     squares = values.square().sum(-1).reshape(-1)  # (B*T,)
+
     # A sum in order, so that it is bit-identical in every world.
     norms = torch.segment_reduce(squares, "sum", lengths=lengths).sqrt()  # (N,)
     return torch.repeat_interleave(norms, lengths).reshape(*values.shape[:2], 1)
@@ -151,14 +168,16 @@ def step_along_gradient(
     gradient: torch.Tensor, lengths: torch.Tensor, step_size: float
 ) -> torch.Tensor:
     """Return a step (B, T, H) of norm `step_size` along each sample's gradient."""
-    return gradient * (step_size / sample_norms(gradient, lengths).clamp(min=MIN_NORM))
+    norms = sample_norms(gradient, lengths).clamp(min=MIN_NORM)  # (B, T, 1)
+    return gradient * (step_size / norms)
 
 
 def clip_to_epsilon(
     perturbation: torch.Tensor, lengths: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
     """Return `perturbation` (B, T, H), scaled down to norm `epsilon` where it is larger."""
-    scale = (epsilon / sample_norms(perturbation, lengths).clamp(min=MIN_NORM)).clamp(max=1.0)
+    norms = sample_norms(perturbation, lengths).clamp(min=MIN_NORM)  # (B, T, 1)
+    scale = (epsilon / norms).clamp(max=1.0)
     return perturbation * scale
 
 
@@ -174,6 +193,7 @@ def train_lane(
     """
     if adversary is not None:
         return adversary.run_lane(forward, backward, forward_for_gradient).detach()
+
     loss = forward()
     backward(loss, 1.0, True)
     return loss.detach()

@@ -88,6 +88,7 @@ class CausalLM(TrainableModel):
         self._use_chunked_loss = type(head) is nn.Linear and head.bias is None
         self._is_chunked_loss_checked = False
         if self._use_chunked_loss:
+            # On the instance, so that the layer keeps its class, its name and its hooks.
             self._head_forward = head.forward
             head.forward = functools.partial(self._loss_or_logits, head)
 
@@ -109,9 +110,7 @@ class CausalLM(TrainableModel):
     def sample_length_at_positions(self, shape: torch.Size) -> torch.Tensor | None:
         if self._lengths is None:
             return None
-        lengths = torch.tensor(
-            [length for row in self._lengths for length in row], device=self.model.device
-        )
+        lengths = self.sample_lengths(shape).to(self.model.device)  # (number of samples,)
         return torch.repeat_interleave(lengths, lengths).reshape(shape[:2])
 
     @override
@@ -148,6 +147,7 @@ class CausalLM(TrainableModel):
                 loss = self._loss(input_ids, position_ids, target_positions, targets)
                 return self.add_penalty(loss, targets)
         finally:
+            # Generation calls the same model, and its rows are not packed.
             self._lengths = None
 
     def _loss(
@@ -158,8 +158,10 @@ class CausalLM(TrainableModel):
         targets: torch.Tensor,
     ) -> torch.Tensor:
         """Return the cross-entropy summed over targets, float32 (); arguments as `forward`."""
-        if self._flatten_rows:  # flash attention separates packed samples in one flat row only
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        if self._flatten_rows:
+            # Flash attention separates packed samples in one flat row only.
+            input_ids = input_ids.reshape(1, -1)
+            position_ids = position_ids.reshape(1, -1)
 
         if self._use_chunked_loss:
             output = self._run_model(input_ids, position_ids, target_positions, targets)
@@ -171,6 +173,7 @@ class CausalLM(TrainableModel):
             if self._use_chunked_loss:
                 return loss
 
+        # Also right after a failed check: that forward's loss went through the model's own change.
         logits = self._run_model(input_ids, position_ids, target_positions, None)  # (1, N, V)
         return nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(),
@@ -188,6 +191,7 @@ class CausalLM(TrainableModel):
         targets: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the logits (1, N, V), or with `targets` the loss and the marker 1.0, (1, 1, 2)."""
+        # Hooks read these: the transformers model has no arguments for them.
         self._target_positions, self._targets = target_positions, targets
         try:
             return self.model(
@@ -210,6 +214,7 @@ class CausalLM(TrainableModel):
             self._targets,
             self._smoothing if self.training else 0.0,
         )
-        # The marker shows whether the model changes what the output layer returns.
+        # The marker shows whether the model changes what the output layer returns. The shape has
+        # the three dimensions of logits, which the model may rely on.
         marker = torch.ones_like(loss)
         return torch.stack([loss, marker]).reshape(1, 1, 2)

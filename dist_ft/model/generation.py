@@ -92,13 +92,15 @@ class TextGenerator:
             ConfigError: the longest prompt and generation have more tokens than the model has
                 positions, or a repetition penalty meets virtual tokens.
         """
-        section, is_encoder_decoder = self.section, model.config.is_encoder_decoder
+        is_encoder_decoder = model.config.is_encoder_decoder
         rows = self._repeat_for_draws(requests)
         config = self._generation_config(model)
 
         virtual = soft_prompts.find_virtual_tokens(model)
-        num_virtual = virtual.count if virtual else 0
-        self.check_length(model, max(len(row.ids) for row in rows) + num_virtual)
+        longest = max(len(row.ids) for row in rows)
+        if virtual is not None:
+            longest += virtual.count  # a prefix takes positions too, though it has no ids
+        self.check_length(model, longest)
         if virtual is not None and virtual.ids:
             self._check_repetition_penalty(is_encoder_decoder)
             rows = [_prepend_ids(row, virtual.ids) for row in rows]
@@ -106,7 +108,9 @@ class TextGenerator:
         # Causal models are padded on the left, so that every row continues at the same position.
         pad_id: Any = config.pad_token_id
         padded = pad_rows([row.ids for row in rows], int(pad_id), left=not is_encoder_decoder)
-        first_position = 1 if is_encoder_decoder else padded.ids.shape[1]  # of generated tokens
+
+        # The output of a causal model repeats the prompt; that of a decoder has a start token.
+        first_position = 1 if is_encoder_decoder else padded.ids.shape[1]
         stops: set[int] = set(config.eos_token_id or ())  # type: ignore[arg-type]
         processors: Any = self._logits_processors(
             rows, first_position, stops, is_encoder_decoder, on_token
@@ -120,25 +124,26 @@ class TextGenerator:
             synced_gpus=synced,
         )
 
-        generations = [
-            _cut_at_stop(tokens, stops, include_end)
-            for tokens in output[:, first_position:].tolist()
-        ]
-        per_request = section.num_samples
-        return [
-            generations[first : first + per_request]
-            for first in range(0, len(generations), per_request)
-        ]
+        new_tokens = output[:, first_position:].tolist()
+        generations = [_cut_at_stop(tokens, stops, include_end) for tokens in new_tokens]
+
+        # The generations of one request are next to each other, for draws and beams alike.
+        size = self.section.num_samples
+        return [generations[first : first + size] for first in range(0, len(generations), size)]
 
     def _repeat_for_draws(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """Return one row for each random draw of each request."""
-        copies = self.section.num_samples if self.section.strategy == "sample" else 1
-        if copies == 1:
+        # A beam search returns several generations of one row. A single draw keeps the number that
+        # the caller chose.
+        copies = self.section.num_samples
+        if self.section.strategy != "sample" or copies == 1:
             return list(requests)
         return [replace(request, draw=draw) for request in requests for draw in range(copies)]
 
     def _check_repetition_penalty(self, is_encoder_decoder: bool) -> None:
         """Raise ConfigError if a repetition penalty would apply to virtual tokens."""
+        # The penalty looks up logits by the ids of a sequence, which must not be negative. Of an
+        # encoder-decoder the virtual tokens are in the source, which it ignores.
         penalty = self.section.repetition_penalty
         if penalty != 1 and not is_encoder_decoder:
             raise ConfigError(
@@ -157,10 +162,13 @@ class TextGenerator:
         """
         config = model.config.get_text_config(decoder=True)
         max_new_tokens = self._generation_config(model).max_new_tokens or 0
+
+        # Some configs have the second name only. A model with neither has relative positions.
         num_positions = getattr(config, "max_position_embeddings", None)
         num_positions = num_positions or getattr(config, "n_positions", None)
         if model.config.is_encoder_decoder:
             longest = 0  # the decoder holds the generation only
+
         if isinstance(num_positions, int) and longest + max_new_tokens > num_positions:
             raise ConfigError(
                 [
@@ -178,9 +186,11 @@ class TextGenerator:
 
     def _stop_tokens(self, model: PreTrainedModel) -> set[int]:
         """Return all end tokens: of the caller, of the model, of the tokenizer."""
+        # transformers stores one end token as a number, several as a list.
         own_stops = getattr(model.generation_config, "eos_token_id", None)
         if isinstance(own_stops, int):
             own_stops = [own_stops]
+
         stops = {*self._stops, *(own_stops or ())}
         if self._tokenizer.eos_token_id is not None:
             stops.add(self._tokenizer.eos_token_id)
@@ -193,23 +203,32 @@ class TextGenerator:
         """
         from transformers import GenerationConfig
 
-        section, stops = self.section, self._stop_tokens(model)
+        section = self.section
+        stops = self._stop_tokens(model)
+
+        # Masks hide padding, so any token will do for a model that has no token of its own for it.
         own_pad = getattr(model.generation_config, "pad_token_id", None)
         pads = (self._tokenizer.pad_token_id, own_pad, *sorted(stops), 0)
+        pad_id = next(pad for pad in pads if pad is not None)
 
+        # The limit must not cut a choice.
         max_new_tokens = section.max_new_tokens
         if section.choices:
             choices = self._encode_choices(stops, model.config.is_encoder_decoder)
             max_new_tokens = max(map(len, choices))
 
-        is_beam = section.strategy == "beam"
+        num_beams = num_returned = 1
+        if section.strategy == "beam":
+            num_beams, num_returned = section.num_beams, section.num_samples
+
+        # Random draws are the argmax of noisy logits (`Gumbel`), so transformers never samples.
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=section.num_beams if is_beam else 1,
+            num_beams=num_beams,
             length_penalty=section.length_penalty,
             early_stopping=section.early_stopping,
-            num_return_sequences=section.num_samples if is_beam else 1,
+            num_return_sequences=num_returned,
             repetition_penalty=section.repetition_penalty,
             no_repeat_ngram_size=0,
             encoder_no_repeat_ngram_size=0,
@@ -221,7 +240,7 @@ class TextGenerator:
             top_p=1.0,
             use_cache=True,
             eos_token_id=sorted(stops) or None,
-            pad_token_id=next(pad for pad in pads if pad is not None),
+            pad_token_id=pad_id,
         )
 
     def _encode_choices(self, stops: set[int], is_encoder_decoder: bool) -> list[list[int]]:
@@ -234,12 +253,19 @@ class TextGenerator:
                 ],
                 "decoding",
             )
-        end = self._tokenizer.eos_token_id if self._tokenizer.eos_token_id in stops else min(stops)
+
+        end = self._tokenizer.eos_token_id
+        if end not in stops:
+            end = min(stops)
+
+        # Without an end token a choice could not stop where a longer one continues it.
         choices = []
         for choice in self.section.choices:
             encoded = self._tokenizer(choice, add_special_tokens=is_encoder_decoder)
             ids = list(encoded["input_ids"])
-            choices.append(ids if ids[-1] in stops else [*ids, end])
+            if ids[-1] not in stops:
+                ids.append(end)
+            choices.append(ids)
         return choices
 
     def _logits_processors(
@@ -259,13 +285,17 @@ class TextGenerator:
             TopPLogitsWarper,
         )
 
-        section, processors = self.section, LogitsProcessorList([_TokenCallback(on_token)])
+        section = self.section
+        processors = LogitsProcessorList([_TokenCallback(on_token)])
+
+        # Before the filters: top-k and top-p must choose among the allowed tokens only.
         if section.choices:
             choices = self._encode_choices(stops, is_encoder_decoder)
             processors.append(_ChoiceConstraint(choices, first_position))
         if section.strategy != "sample":
             return processors
 
+        # In the order in which transformers itself applies them.
         if section.temperature != 1:
             processors.append(TemperatureLogitsWarper(section.temperature))
         if section.top_k:
@@ -274,12 +304,15 @@ class TextGenerator:
             processors.append(TopPLogitsWarper(section.top_p))
         if section.min_p:
             processors.append(MinPLogitsWarper(section.min_p))
-        processors.append(Gumbel([derive_seed(section.seed, row.sample, row.draw) for row in rows]))
+
+        # Last, so that the noise is added to the final distribution.
+        seeds = [derive_seed(section.seed, row.sample, row.draw) for row in rows]
+        processors.append(Gumbel(seeds))
         return processors
 
 
 class Gumbel(LogitsProcessor):
-    """Adds noise to logits (B, V), one generator a row: their argmax is a random draw."""
+    """Adds noise to logits (B, V), one generator per row: their argmax is a random draw."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         """Start a generator for each row."""
@@ -287,11 +320,14 @@ class Gumbel(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Return noisy logits (transformers' interface)."""
+        # Drawn on the CPU, because generators of CPU and GPU give different numbers for a seed.
         noise = torch.empty(scores.shape, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
-        # The negative log of exponential noise is Gumbel noise.
-        return scores - noise.clamp(min=torch.finfo(torch.float32).tiny).log().to(scores.device)
+
+        # The negative log of exponential noise is Gumbel noise. The bound prevents a log of zero.
+        noise = noise.clamp(min=torch.finfo(torch.float32).tiny)
+        return scores - noise.log().to(scores.device)
 
 
 class _ChoiceConstraint(LogitsProcessor):
@@ -301,6 +337,8 @@ class _ChoiceConstraint(LogitsProcessor):
         """Take choices with end tokens; `first_position` is that of the first generated token."""
         self._first_position = first_position
         self._ends = sorted({choice[-1] for choice in choices})
+
+        # By the tokens so far: a choice may start like another one.
         self._next_tokens: dict[tuple[int, ...], set[int]] = {}
         for choice in choices:
             for index, token in enumerate(choice):
@@ -341,7 +379,8 @@ def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> PaddedRows:
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        start = longest - len(row) if left else 0
+        place = slice(start, start + len(row))
         ids[number, place] = torch.from_numpy(np.asarray(row, dtype=np.int64))
         mask[number, place] = 1
     return PaddedRows(ids, mask)

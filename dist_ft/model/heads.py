@@ -141,7 +141,8 @@ def set_labels(config: PretrainedConfig, task: TaskSection, path: str) -> None:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     if model.auto_class.endswith("SequenceClassification"):
-        problem_type: Any = model.problem_type or "single_label_classification"
+        default = "regression" if len(names) == 1 else "single_label_classification"
+        problem_type: Any = model.problem_type or default
         config.problem_type = problem_type
 
 

@@ -69,8 +69,7 @@ class LabelPromptModel(TaskModel):
             raise ModelError(message)
 
         self._use_mean = words.use_mean
-        table = _word_table(words.ids)
-        self._word_ids, self._word_counts = table.ids, table.counts
+        self._word_ids, self._word_counts = _word_table(words.ids)
         self._content_free_prompts = [list(ids) for ids in words.content_free_prompts]
         head.register_forward_pre_hook(self._select_positions)
 
@@ -93,13 +92,17 @@ class LabelPromptModel(TaskModel):
             self._word_ids = self._word_ids.to(ids.device)
             self._word_counts = self._word_counts.to(ids.device)
 
-        targets = labels[:, 0]
+        # The row of an ignored label computes the score of label 0, which gets the weight 0.
+        targets = labels[:, 0]  # (B,)
         label_numbers = targets.clamp(min=0)
 
         scores = None
         if return_outputs:
             all_scores = self._score_labels(ids, mask)
-            scores, content_free_scores = all_scores[: len(ids)], all_scores[len(ids) :]
+            scores = all_scores[: len(ids)]
+            content_free_scores = all_scores[len(ids) :]
+
+            # The loss is that of training, so it uses the scores without calibration.
             target_scores = scores.gather(1, label_numbers[:, None])[:, 0]
             if self._content_free_prompts:
                 # Calibrate: subtract the log of each label's mean share after prompts without
@@ -113,7 +116,10 @@ class LabelPromptModel(TaskModel):
         if self._class_weights is not None:
             weights = weights * self._class_weights.to(ids.device)[label_numbers]
         loss = -(target_scores * weights).sum()
-        return LossAndOutputs(loss, scores.detach()) if scores is not None else loss
+
+        if scores is None:
+            return loss
+        return LossAndOutputs(loss, scores.detach())
 
     def _score_targets(
         self, ids: torch.Tensor, mask: torch.Tensor, label_numbers: torch.Tensor
@@ -121,13 +127,17 @@ class LabelPromptModel(TaskModel):
         """Return the score (B,) of each prompt's label, `label_numbers` (B,), in one forward."""
         num_rows, device = len(ids), ids.device
         lengths = mask.sum(1)  # (B,)
-        words, counts = self._word_ids[label_numbers], self._word_counts[label_numbers]
-        width = words.shape[1]  # W
+        words = self._word_ids[label_numbers]  # (B, W)
+        counts = self._word_counts[label_numbers]  # (B,)
+        width = words.shape[1]
 
         # Write the words behind each prompt: (B, T + W)
         word_places = lengths[:, None] + torch.arange(width, device=device)  # (B, W)
         padding = ids.new_full((num_rows, width), self._special.pad)
         sequences = torch.cat([ids, padding], 1).scatter(1, word_places, words)
+
+        # The last word is only a target. What follows is hidden, also the rest of the prompt's own
+        # padding.
         total = sequences.shape[1]
         is_seen = torch.arange(total, device=device) < (lengths + counts - 1)[:, None]
 
@@ -145,11 +155,17 @@ class LabelPromptModel(TaskModel):
         prompts += self._content_free_prompts
 
         # Pad on the left, as words follow: (B + C, T)
-        width, pad = max(map(len, prompts)), self._special.pad
-        ids = ids.new_tensor([[pad] * (width - len(row)) + row for row in prompts])
-        mask = ids.new_tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+        width = max(map(len, prompts))
+        padded_ids, padded_mask = [], []
+        for row in prompts:
+            num_padding = width - len(row)
+            padded_ids.append([self._special.pad] * num_padding + row)
+            padded_mask.append([0] * num_padding + [1] * len(row))
+        ids = ids.new_tensor(padded_ids)
+        mask = ids.new_tensor(padded_mask)
         num_prompts = len(ids)
 
+        # The logits of a prompt's last token score the first word of every label at once.
         long_labels = torch.nonzero(self._word_counts > 1).flatten()  # (L,)
         use_cache = self._takes_use_cache and len(long_labels) > 0
         last_positions = torch.arange(1, num_prompts + 1, device=ids.device) * width - 1
@@ -181,6 +197,7 @@ class LabelPromptModel(TaskModel):
         prompt_mask = mask.repeat_interleave(num_labels, 0)
         whole_mask = torch.cat([prompt_mask, torch.ones_like(inputs)], 1)  # (B * L, T + W - 1)
 
+        # Each prompt's cache serves all its long labels.
         cache = getattr(output, "past_key_values", None)
         if cache is not None and hasattr(cache, "batch_repeat_interleave"):
             cache.batch_repeat_interleave(num_labels)
@@ -208,6 +225,7 @@ class LabelPromptModel(TaskModel):
 
         `mask` (B, P + T) covers the P cached tokens and then `ids`.
         """
+        # Positions count real tokens only, so left padding does not shift them.
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if self._takes_use_cache:
             kwargs = {"use_cache": False, **kwargs}
@@ -246,6 +264,8 @@ class LabelPromptModel(TaskModel):
         """Return scores (...) from log-probabilities (..., W) of the first `counts` (...) words."""
         width = log_probabilities.shape[-1]
         is_word = torch.arange(width, device=log_probabilities.device) < counts[..., None]
+
+        # Selected, not multiplied by 0, which gives NaN for a padding token of probability 0.
         sums = torch.where(is_word, log_probabilities, 0.0).sum(-1)
         return sums / counts if self._use_mean else sums
 

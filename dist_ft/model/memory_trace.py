@@ -32,7 +32,7 @@ HEAD, LAYERS = "logits", "activations"
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """Bytes alive at the moment of most, beyond weights and the gradients that remain.
+    """Bytes alive at the peak, in addition to the weights and the gradients that remain.
 
     Attributes:
         activations: all other storages.
@@ -77,13 +77,18 @@ def trace_peaks(
     input_tensors = [value for value in inputs.values() if torch.is_tensor(value)]
     existing = [*module.parameters(), *module.buffers(), *input_tensors]
     tracer = _Tracer(existing, on_cpu)
+
+    # The second lane has the larger peak if gradients stay: autograd computes each new gradient in
+    # memory of its own before it is added to the old one.
+    num_lanes = 2 if keep_gradients else 1
     try:
         with tracer, _stand_in_kernels(on_cpu), _marked_head(module, tracer):
-            for lane in range(2 if keep_gradients else 1):
+            for lane in range(num_lanes):
                 if lane:
                     # Gradients of the earlier lane remain, and are not part of the peak.
                     gradients = (p.grad for p in module.parameters() if p.grad is not None)
                     tracer.stop_counting(gradients)
+
                 loss = module(**inputs)
                 forward_peak = tracer.peak()
                 tracer.reset_peak()
@@ -106,6 +111,7 @@ def trace_module_order(
 
     Modules without weights are left out.
     """
+    # By identity, because a module that shares a tied weight knows it under another name.
     names = {
         id(parameter): name.removeprefix(WRAPPER_PREFIX)
         for name, parameter in module.named_parameters()
@@ -115,12 +121,13 @@ def trace_module_order(
     def record(inner: nn.Module, *_: Any) -> None:
         order.append(tuple(names[id(parameter)] for parameter in inner.parameters(recurse=False)))
 
-    handles = [
-        inner.register_forward_pre_hook(record)
-        for inner in module.modules()
-        if next(inner.parameters(recurse=False), None) is not None
-    ]
+    handles = []
+    for inner in module.modules():
+        if next(inner.parameters(recurse=False), None) is not None:
+            handles.append(inner.register_forward_pre_hook(record))
+
     try:
+        # The tracer counts nothing here; it answers code that reads values of meta tensors.
         tracer = _Tracer((), False)
         with torch.no_grad(), tracer, _stand_in_kernels(True), _marked_head(module, tracer):
             module(**inputs)
@@ -137,9 +144,18 @@ def _marked_head(module: TrainableModel, tracer: _Tracer) -> Iterator[None]:
     if head is None:
         yield
         return
+
+    def enter_head(*_: Any) -> None:
+        tracer.set_kind(HEAD)
+
+    def leave_head(*_: Any) -> None:
+        tracer.set_kind(LAYERS)
+
+    # Before the hook of `CausalLM`, which copies the hidden states at target positions. Also after
+    # an error, so that no later storage counts as the head's.
     handles = [
-        head.register_forward_pre_hook(lambda *_: tracer.set_kind(HEAD), prepend=True),
-        head.register_forward_hook(lambda *_: tracer.set_kind(LAYERS), always_call=True),
+        head.register_forward_pre_hook(enter_head, prepend=True),
+        head.register_forward_hook(leave_head, always_call=True),
     ]
     try:
         yield
@@ -167,6 +183,8 @@ class _Tracer(TorchDispatchMode):
         self._kind = LAYERS
         self._live = {LAYERS: 0, HEAD: 0}
         self._most = dict(self._live)
+
+        # By the address of torch's storage object, since views of one storage are many tensors.
         self._known = {tensor.untyped_storage()._cdata: _Storage(LAYERS, 0) for tensor in existing}
 
     def peak(self) -> MemoryPeak:
@@ -179,11 +197,12 @@ class _Tracer(TorchDispatchMode):
         self._update_peak()
 
     def stop_counting(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Count these no longer."""
+        """Exclude the storages of `tensors` from the count, and start a new peak."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             storage = self._known[key]
             self._live[storage.kind] -= storage.num_bytes
+            # Still known, with no bytes: a view of it must not count as a new storage.
             self._known[key] = _Storage(storage.kind, 0)
         self.reset_peak()
 
@@ -192,8 +211,10 @@ class _Tracer(TorchDispatchMode):
         self._most = dict(self._live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # `item` of a meta tensor would raise an error.
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._scalar(args[0])
+
         is_softmax = func is torch.ops.aten._softmax.default
         if self._on_cpu and self._kind == HEAD and is_softmax:
             return args[0]  # on CPUs the loss head computes it in place
@@ -206,10 +227,10 @@ class _Tracer(TorchDispatchMode):
         return result
 
     def _scalar(self, tensor: torch.Tensor) -> Any:
-        """Return the value of a scalar that code reads: true, or one; after the output layer, NaN.
+        """Return the value of a scalar that code reads: True, or 1; computed outside the head, NaN.
 
-        So `CausalLM`, which checks that a 1.0 leaves its output layer unchanged, detects models
-        that change logits.
+        `CausalLM` checks that the marker 1.0, which its output layer returns, arrives unchanged. If
+        the model computes something from it, the result is a storage from outside the head.
         """
         if not tensor.is_floating_point():
             return tensor.dtype == torch.bool or 1
@@ -223,13 +244,17 @@ class _Tracer(TorchDispatchMode):
         if key not in self._known and tensor.device.type == "meta":
             self._known[key] = _Storage(self._kind, storage.nbytes())
             self._live[self._kind] += storage.nbytes()
+
+            # At exit nothing reads the count, so nothing needs to run then.
             weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
+        # Forgotten at once, because the address may be that of the next storage.
         storage = self._known.pop(key, _Storage(LAYERS, 0))
         self._live[storage.kind] -= storage.num_bytes
 
     def _update_peak(self) -> None:
+        # Both kinds at the same moment: their separate peaks would sum up to more.
         if sum(self._live.values()) > sum(self._most.values()):
             self._most = dict(self._live)
 
@@ -238,9 +263,9 @@ class _Tracer(TorchDispatchMode):
 def _stand_in_kernels(on_cpu: bool) -> Iterator[None]:
     """Replace attention and dropout kernels by stand-ins that store what the real ones do.
 
-    By name, because dispatch modes are off in recomputation.
-    Attention stores no (T, T) matrix. Dropout on GPUs stores a mask of one byte per element; on
-    CPUs, as on the meta device, factors in the dtype of its input.
+    By name, because dispatch modes are off in recomputation. Attention stores no (T, T) matrix.
+    Dropout on GPUs stores a mask of one byte per element; on CPUs, as on the meta device, factors
+    in the dtype of its input.
     """
     functional: Any = nn.functional
     original_attention = functional.scaled_dot_product_attention
@@ -252,7 +277,9 @@ def _stand_in_kernels(on_cpu: bool) -> Iterator[None]:
     def dropout(
         input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> torch.Tensor:
-        return torch.native_dropout(input, p, True)[0] if training and p else input
+        if not training or not p:
+            return input
+        return torch.native_dropout(input, p, True)[0]
 
     functional.scaled_dot_product_attention = attention
     if not on_cpu:
@@ -272,8 +299,11 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         # The kernels write (B, T, heads, D) in memory, whatever shape they return.
-        batch, heads, tokens, width = *query.shape[:3], value.shape[-1]
+        batch, heads, tokens = query.shape[:3]
+        width = value.shape[-1]
         out = query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+        # Kernels keep the log of the softmax's sum for each row, to recompute weights in backward.
         log_sums = query.new_empty((batch, heads, tokens), dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sums)
         return out

@@ -6,7 +6,7 @@ their shares within the group, sharpened by alpha, weight the risks. The module 
 groups, as with cross-entropy. Plain batches (held-out ones, empty ones) still get cross-entropy.
 Does not generate texts.
 
-Dimensions: R rows, N tokens of the texts, G groups.
+Dimensions: R rows, T tokens of a row (T2 of its target), N tokens of the texts, G groups.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class RiskGroups:
         """Copy risks and groups to `device`."""
         self.risks = torch.from_numpy(batch.risks).to(device)
         self.groups = torch.from_numpy(batch.groups).to(device)
+
+        # From the host's copy, so that the device need not synchronize.
         self.num_groups = int(batch.groups[-1]) + 1
         first_rows = np.flatnonzero(np.diff(batch.groups, prepend=-1))
         self.references = torch.from_numpy(first_rows).to(device)
@@ -68,6 +70,7 @@ class RiskGroups:
         row_losses = torch.zeros_like(self.risks).index_add(0, rows, losses)  # (R,)
         loss = expected_risk(-row_losses, self.risks, self.groups, self.num_groups, section.alpha)
 
+        # The mean over tokens, so that long references do not weigh more than short ones.
         if section.likelihood_weight:
             num_tokens = torch.bincount(rows, minlength=len(row_losses)).clamp(min=1)  # (R,)
             reference_losses = (row_losses / num_tokens)[self.references]
@@ -95,12 +98,15 @@ def expected_risk(
     """
     scaled = alpha * log_probabilities
 
-    # A softmax within each group, from the differences to the group's largest.
+    # A softmax within each group, from the differences to the group's largest: the powers of whole
+    # texts' log-probabilities would underflow.
     largest = torch.full((num_groups,), -torch.inf, device=scaled.device)
     largest = largest.scatter_reduce(0, groups, scaled.detach(), "amax")  # (G,)
     powers = torch.exp(scaled - largest[groups])  # (R,)
     sums = torch.zeros_like(largest).index_add(0, groups, powers)  # (G,)
-    return (powers / sums[groups] * risks).sum()
+
+    shares = powers / sums[groups]  # (R,)
+    return (shares * risks).sum()
 
 
 class _RiskMixin:
@@ -117,6 +123,7 @@ class _RiskMixin:
 
     def forward(self, risk_groups: RiskGroups | None = None, **inputs: Any) -> Any:
         """Return what the model's own forward returns; with `risk_groups` the expected risk."""
+        # Kept in an attribute, because the model's own forward does not pass it on to the loss.
         self._risk_groups = risk_groups
         try:
             return super().forward(**inputs)  # type: ignore[misc]
@@ -143,9 +150,13 @@ class RiskCausalLM(_RiskMixin, CausalLM):  # type: ignore[misc]
         if self._risk_groups is None:
             return super()._loss(input_ids, position_ids, target_positions, targets)
 
+        # Before rows are flattened: positions count through the rows of (R, T).
         rows = target_positions // input_ids.shape[1]  # (N,)
         if self._flatten_rows:
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+            input_ids = input_ids.reshape(1, -1)
+            position_ids = position_ids.reshape(1, -1)
+
+        # Whole logits, not `head_loss`: the risk needs the loss of each token, not their sum.
         logits = self._run_model(input_ids, position_ids, target_positions, None)
         losses = torch.nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]).float(), targets, reduction="none"
@@ -162,9 +173,10 @@ class RiskSeq2Seq(_RiskMixin, TaskModel):  # type: ignore[misc]
         self._section = section
 
     @override
-    def _seq2seq_loss(self, inputs: TaskInputs) -> LossAndOutputs:
+    def compute_loss(self, inputs: TaskInputs) -> LossAndOutputs:
         if self._risk_groups is None:
-            return super()._seq2seq_loss(inputs)
+            return super().compute_loss(inputs)
+
         labels = inputs.labels  # (R, T2)
         logits = self.run_encoder_decoder(inputs)
         losses = torch.nn.functional.cross_entropy(
@@ -173,6 +185,8 @@ class RiskSeq2Seq(_RiskMixin, TaskModel):  # type: ignore[misc]
             reduction="none",
             ignore_index=IGNORE_INDEX,
         )
+
+        # From one loss per position of (R, T2) to those of the targets, (N,), with their rows.
         rows = torch.arange(len(labels), device=labels.device)[:, None].expand_as(labels)
         is_target = labels != IGNORE_INDEX
         target_losses = losses[is_target.flatten()]

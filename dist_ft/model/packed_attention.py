@@ -39,10 +39,12 @@ class PackedSamples:
     @contextmanager
     def use(self, lengths: Sequence[Sequence[int]]) -> Iterator[None]:
         """Within, rows hold samples of these lengths in tokens (by row, padding counted as one)."""
-        self._lengths, self._is_active = lengths, True
+        self._lengths = lengths
+        self._is_active = True
         try:
             yield
         finally:
+            # The lengths stay: the backward of this forward may recompute attention.
             self._is_active = False
 
     def mask(
@@ -61,7 +63,13 @@ class PackedSamples:
         """
         from transformers.masking_utils import sdpa_mask
 
-        lengths = self._lengths = self._lengths if self._is_active else None
+        # A call of the model outside `use`, for example by `generate`: its rows are not packed, and
+        # the lengths of the last forward must not apply to it.
+        if not self._is_active:
+            self._lengths = None
+        lengths = self._lengths
+
+        # A window no shorter than any sample hides nothing of it.
         is_plain_causal = (
             lengths is not None
             and attention_mask is None
@@ -71,6 +79,7 @@ class PackedSamples:
         )
         if is_plain_causal:
             return None
+
         return sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -98,7 +107,11 @@ class PackedSamples:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         is_causal = kwargs.get("is_causal") is not False and getattr(module, "is_causal", True)
-        lengths = self._lengths if attention_mask is None and is_causal else None
+        lengths = None
+        if attention_mask is None and is_causal:
+            lengths = self._lengths
+
+        # Lengths that do not fit belong to other inputs, so attention runs as in transformers.
         num_rows, num_tokens = query.shape[0], query.shape[2]
         if lengths is None or (len(lengths), sum(lengths[0])) != (num_rows, num_tokens):
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -106,14 +119,15 @@ class PackedSamples:
         rows = []
         for row, row_lengths in enumerate(lengths):
             # (1, heads, length, D) for each sample of the row
-            queries, keys, values = (
-                torch.split(tensor[row : row + 1], list(row_lengths), dim=2)
-                for tensor in (query, key, value)
-            )
-            outputs = [
-                sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-                for q, k, v in zip(queries, keys, values, strict=True)
-            ]
+            sizes = list(row_lengths)
+            queries = torch.split(query[row : row + 1], sizes, dim=2)
+            keys = torch.split(key[row : row + 1], sizes, dim=2)
+            values = torch.split(value[row : row + 1], sizes, dim=2)
+
+            outputs = []
+            for q, k, v in zip(queries, keys, values, strict=True):
+                output, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
+                outputs.append(output)
             rows.append(torch.cat(outputs, dim=1))  # (1, T, heads, D)
         return torch.cat(rows), None
 
@@ -133,6 +147,8 @@ def enable_packed_attention(model: PreTrainedModel) -> PackedSamples | None:
     AttentionInterface.register(ATTENTION_NAME, _PACKED_SAMPLES.attend)
     AttentionMaskInterface.register(ATTENTION_NAME, _PACKED_SAMPLES.mask)
     model.set_attn_implementation(ATTENTION_NAME)
+
+    # transformers may keep the old one, for models that do not look attention up by name.
     is_enabled = model.config._attn_implementation == ATTENTION_NAME  # type: ignore[comparison-overlap]
     return _PACKED_SAMPLES if is_enabled else None
 

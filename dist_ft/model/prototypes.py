@@ -37,19 +37,21 @@ class PrototypeModel(TaskModel):
             labels: (N,) int64; every label must occur.
             num_labels: K.
         """
+        # A sum has the direction of the mean, and only the direction remains.
         sums = torch.zeros(num_labels, vectors.shape[1]).index_add_(0, labels, vectors)
         self.prototypes = functional.normalize(sums, dim=1)
 
     def embed(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the vectors (B, H), float32 and of length 1, of texts (B, T)."""
-        hidden = self.run_model(ids, mask).last_hidden_state.float()
-        return functional.normalize(
-            pool_hidden_states(hidden, mask, self._task.section.pooling), dim=1
-        )
+        hidden = self.run_model(ids, mask).last_hidden_state.float()  # (B, T, H)
+        pooled = pool_hidden_states(hidden, mask, self._task.section.pooling)  # (B, H)
+        return functional.normalize(pooled, dim=1)
 
     @override
     def compute_loss(self, inputs: TaskInputs) -> LossAndOutputs:
         assert self.prototypes is not None
         prototypes = self.prototypes.to(inputs.ids.device)
+
+        # Both have length 1, so the products are cosines.
         logits = COSINE_SCALE * self.embed(inputs.ids, inputs.mask) @ prototypes.T  # (B, K)
         return LossAndOutputs(loss_sums.cross_entropy(logits, inputs.labels[:, 0]), logits)

@@ -42,6 +42,8 @@ class TrainableModel(nn.Module, ABC):
         self.virtual = soft_prompts.find_virtual_tokens(model)
         self.rank_schedule = adalora.find_rank_schedule(model)
         self._neftune_alpha = neftune_alpha
+
+        # A hook, because models embed tokens somewhere inside their own forward.
         if neftune_alpha:
             model.get_input_embeddings().register_forward_hook(self._add_noise)
 
@@ -71,20 +73,27 @@ class TrainableModel(nn.Module, ABC):
         """
         if self.rank_schedule is None or not self.training:
             return loss
-        return loss + self.rank_schedule.penalty() * (labels != IGNORE_INDEX).sum()
+
+        num_labels = (labels != IGNORE_INDEX).sum()
+        return loss + self.rank_schedule.penalty() * num_labels
 
     def _add_noise(
         self, _embedding: nn.Module, _args: Any, output: torch.Tensor
     ) -> torch.Tensor | None:
         """Add NEFTune noise (arXiv:2310.05914) to embeddings (B, T, H), scaled by sample length."""
-        lengths = self.sample_length_at_positions(output.shape) if self.training else None
+        if not self.training:
+            return None
+        lengths = self.sample_length_at_positions(output.shape)
         if lengths is None:
             return None
 
         # Lanes are seeded, so the draw is the same in every world.
         noise = torch.rand(output.shape, device=output.device) * 2 - 1  # (B, T, H), uniform
         scale = (lengths[..., None] * output.shape[-1]).sqrt()  # (B, T, 1) or (B, 1, 1)
-        return output + (noise * self._neftune_alpha / scale).to(output.dtype)
+
+        # Scaled in float32; only the result is rounded to the model's dtype.
+        noise = noise * self._neftune_alpha / scale
+        return output + noise.to(output.dtype)
 
 
 def parameters_by_name(module: TrainableModel) -> dict[str, nn.Parameter]:
@@ -104,7 +113,8 @@ def tied_weight_aliases(module: TrainableModel) -> dict[str, str]:
 
     aliases = {}
     for full_name, parameter in module.named_parameters(remove_duplicate=False):
-        name, first_name = full_name.removeprefix(WRAPPER_PREFIX), first_names[id(parameter)]
+        name = full_name.removeprefix(WRAPPER_PREFIX)
+        first_name = first_names[id(parameter)]
         if name != first_name:
             aliases[name] = first_name
     return aliases

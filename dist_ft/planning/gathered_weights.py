@@ -8,7 +8,7 @@ are whole. After the module, its weights are released, unless they are used agai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -41,11 +41,12 @@ class Limits:
             "max_live": "stage3_max_live_parameters",
             "max_reuse": "stage3_max_reuse_distance",
         }
-        configured = {
-            field: int(zero[name])
-            for field, name in names.items()
-            if isinstance(zero.get(name), int | float)
-        }
+
+        # what is not a number leaves DeepSpeed's default; JSON may hold 5e7, which is a float
+        configured = {}
+        for field, name in names.items():
+            if isinstance(zero.get(name), int | float):
+                configured[field] = int(zero[name])
         return cls(**configured)
 
 
@@ -64,6 +65,7 @@ class GatheredWeights:
     at_once: int
 
 
+# cached: the number of workers does not matter here, and a plan tries many of them
 @lru_cache(maxsize=8)
 def simulate(shape: ModelShape, limits: Limits) -> GatheredWeights:
     """Return the weights that a forward and backward pass hold whole; see the module."""
@@ -71,43 +73,47 @@ def simulate(shape: ModelShape, limits: Limits) -> GatheredWeights:
     small = {index for index, size in enumerate(numel) if size <= limits.persistent}
     steps = [*shape.order, *reversed(shape.order)]  # forward, then backward
 
+    def total(indices: Iterable[int]) -> int:
+        return sum(numel[index] for index in indices)
+
     uses: list[list[int]] = [[] for _ in numel]  # the steps that use each weight
+    elements_before = [0]  # each step
     for step, module in enumerate(steps):
         for index in module:
             uses[index].append(step)
-    elements_before = [0]  # each step
-    for module in steps:
-        elements_before.append(elements_before[-1] + sum(numel[index] for index in module))
+        elements_before.append(elements_before[-1] + total(module))
 
+    # `held` counts the elements of `whole`: the persistent weights, and those gathered for now
     whole = set(small)
-    persistent = sum(numel[index] for index in small)
+    persistent = total(small)
     held = most = persistent
     at_once = 0
     next_prefetch = 0  # the first step that no prefetch has reached
     for step, module in enumerate(steps):
         needed = [index for index in module if index not in whole]
 
-        # prefetch whole modules while there is room
+        # Prefetch whole modules while there is room. The last one may exceed it: DeepSpeed checks
+        # its limits before it adds weights, not after.
         next_prefetch = max(next_prefetch, step + 1)
-        live = held - persistent + sum(numel[index] for index in needed)
+        live = held - persistent + total(needed)
         room = min(limits.max_live - live, limits.prefetch)
         prefetched: list[int] = []
-        while next_prefetch < len(steps) and sum(numel[index] for index in prefetched) < room:
-            prefetched += [
-                index
-                for index in steps[next_prefetch]
-                if index not in whole and index not in prefetched and index not in needed
-            ]
+        while next_prefetch < len(steps) and total(prefetched) < room:
+            for index in steps[next_prefetch]:
+                if index not in whole and index not in prefetched and index not in needed:
+                    prefetched.append(index)
             next_prefetch += 1
 
+        # two all-gathers, each with a buffer of its own size
         for gathered in (needed, prefetched):
-            size = sum(numel[index] for index in gathered)
+            size = total(gathered)
             whole.update(gathered)
             held += size
             at_once = max(at_once, size)
         most = max(most, held)
 
-        # release what is not used again soon
+        # Release what is not used again soon. What a prefetch has reached already is gathered for
+        # its next use.
         for index in module:
             next_use = next((use for use in uses[index] if use > step), None)
             is_used_soon = next_use is not None and (
@@ -117,4 +123,5 @@ def simulate(shape: ModelShape, limits: Limits) -> GatheredWeights:
             if index in whole and index not in small and not is_used_soon:
                 whole.remove(index)
                 held -= numel[index]
+
     return GatheredWeights(persistent, most, at_once)

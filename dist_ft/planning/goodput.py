@@ -52,12 +52,15 @@ class AttemptTime:
 
 def time_by_part(attempts: Sequence[AttemptTime]) -> dict[str, float]:
     """Return the seconds that a run spent on each of `PARTS`; their sum is its wall time."""
+    # by number: the clocks of two machines may disagree on which attempt started first
     attempts = sorted(attempts, key=lambda attempt: attempt.attempt)
     total = dict.fromkeys(PARTS, 0.0)
     for number, attempt in enumerate(attempts):
         later = attempts[number + 1 :]
+        # What a later attempt repeated is known only from where it resumed.
         for part, seconds in attempt_time_by_part(attempt, num_kept_steps(later)).items():
             total[part] += seconds
+
         if later:
             pause_s = later[0].started_at - attempt.started_at - attempt.wall_s
             total["restart"] += max(0.0, pause_s)
@@ -66,6 +69,8 @@ def time_by_part(attempts: Sequence[AttemptTime]) -> dict[str, float]:
 
 def num_kept_steps(later: Sequence[AttemptTime]) -> int | None:
     """Return how many steps done before the attempts `later` were not repeated; None: all."""
+    # An attempt that ended before it looked for steps repeats nothing. The minimum, because an
+    # attempt may resume from an earlier step than the one before it (a damaged checkpoint).
     resumed_at = [attempt.resumed_at for attempt in later if attempt.resumed_at is not None]
     return min(resumed_at, default=None)
 
@@ -75,14 +80,20 @@ def attempt_time_by_part(attempt: AttemptTime, num_kept: int | None) -> dict[str
 
     Work after the last save within these steps is lost.
     """
-    seconds = {part: max(0.0, attempt.seconds.get(part, 0.0)) for part in PARTS}
+    # A part may be missing in files of other versions. Negative seconds would make other parts
+    # larger than the wall time.
+    seconds = {}
+    for part in PARTS:
+        seconds[part] = max(0.0, attempt.seconds.get(part, 0.0))
     if num_kept is None:
         return seconds
 
+    # the account at the last save that counts; without one, all work of the attempt is lost
     kept: Mapping[str, float] = {}
     for step, seconds_then in attempt.marks:
         if step <= num_kept:
             kept = seconds_then
+
     for part in WORK:
         lost_s = max(0.0, seconds[part] - kept.get(part, 0.0))
         seconds[part] -= lost_s
@@ -93,4 +104,6 @@ def attempt_time_by_part(attempt: AttemptTime, num_kept: int | None) -> dict[str
 def attributed_share(seconds: Mapping[str, float]) -> float:
     """Return the share of the wall time that is attributed to a part, 0..1."""
     wall_s = sum(seconds.values())
-    return 1 - seconds["other"] / wall_s if wall_s else 1.0
+    if not wall_s:
+        return 1.0
+    return 1 - seconds["other"] / wall_s

@@ -61,6 +61,7 @@ def canonical_name(name: str) -> str:
     Raises:
         ConfigError: the GPU is unknown, or an A100 without its size.
     """
+    # People add the size where the name has none, and leave out its unit: "H200 141GB", "A100 80".
     given = _normalize(name.strip())
     for known, gigabytes in GPUS.items():
         plain = _normalize(known)
@@ -72,6 +73,8 @@ def canonical_name(name: str) -> str:
         )
         if given in spellings:
             return known
+
+    # An A100 without its size is unknown on purpose: there are two, and a plan must not guess.
     raise ConfigError(
         [f"--gpu={name}: unknown GPU. Known GPUs: {', '.join(GPUS)}. Use one of these."], "plan"
     )
@@ -79,6 +82,7 @@ def canonical_name(name: str) -> str:
 
 def _normalize(name: str) -> str:
     without_maker = name.lower().removeprefix("nvidia").removeprefix("amd")
+    # "NVIDIA H100-NVL" and "h100nvl" are the same
     return "".join(character for character in without_maker if character.isalnum())
 
 
@@ -97,6 +101,7 @@ def fewest_workers(
     if bytes_per_worker(max_workers) > available_bytes:
         return None
 
+    # bisection: what fits on N workers fits on more
     low, high = 1, max_workers
     while low < high:
         middle = (low + high) // 2
@@ -104,11 +109,13 @@ def fewest_workers(
             high = middle
         else:
             low = middle + 1
+
     return low
 
 
 def peak_tflops(name: str) -> float | None:
     """Return the 16-bit peak of a device in TFLOP/s by its name; None: unknown."""
+    # The first match counts: in the table, longer names come before those they contain (L40S, L40).
     for part, peak in PEAK_TFLOPS.items():
         if part.lower() in name.lower():
             return float(peak)

@@ -42,20 +42,28 @@ def model_state_bytes(
         num_weight_copies: float32 copies next to the optimizer's own state (anchor, Fisher
             information, average).
     """
+    # A float32 master is a copy of weights in bfloat16, whose updates would be rounded away.
     if num_trainable is None:
         num_trainable = num_parameters
+
     weight_bytes = _BYTES[dtype]
     has_master = dtype != "float32" or stage > 0
     master_bytes = _MASTER_BYTES if has_master else 0
     optimizer_bytes = _MOMENT_BYTES[optimizer] + master_bytes + 4 * num_weight_copies
 
-    # a worker's share of what is partitioned
-    share = -(-num_parameters // world)
-    trainable_share = -(-num_trainable // world)
+    # Each stage partitions one kind more. Rounded up, as the largest share decides what fits.
+    weights = num_parameters
+    gradients = optimizer_states = num_trainable
+    if stage >= 1:
+        optimizer_states = -(-num_trainable // world)
+    if stage >= 2:
+        gradients = -(-num_trainable // world)
+    if stage >= 3:
+        weights = -(-num_parameters // world)
     return {
-        "weights": weight_bytes * (share if stage >= 3 else num_parameters),
-        "gradients": weight_bytes * (trainable_share if stage >= 2 else num_trainable),
-        "optimizer": optimizer_bytes * (trainable_share if stage >= 1 else num_trainable),
+        "weights": weight_bytes * weights,
+        "gradients": weight_bytes * gradients,
+        "optimizer": optimizer_bytes * optimizer_states,
     }
 
 
@@ -100,8 +108,13 @@ def activation_bytes(
         checkpointing: `model.activation_checkpointing`.
         dtype: type of activations.
     """
-    kv_hidden = shape.hidden if shape.kv_hidden is None else shape.kv_hidden
+    kv_hidden = shape.kv_hidden
+    if kv_hidden is None:
+        kv_hidden = shape.hidden
+
     layer_elements = 6 * shape.hidden + 2 * kv_hidden + 4 * shape.intermediate  # per token
+
+    # while one layer is recomputed, its stored tensors exist next to the inputs of all layers
     if checkpointing:
         stored_elements = shape.num_layers * shape.hidden + layer_elements
     else:
@@ -115,9 +128,11 @@ def activation_bytes(
 
 def describe_memory(state: dict[str, int], activations: int = 0) -> str:
     """Return one line in GiB: a worker's total and its parts."""
+    # a copy: the caller's mapping stays as it is
     parts = dict(state)
     if activations:
         parts["activations about"] = activations
+
     listed = " + ".join(f"{name} {_gib(size)}" for name, size in parts.items())
     return f"{_gib(sum(parts.values()))} GiB per worker = {listed}"
 

@@ -1,4 +1,4 @@
-"""What the arithmetic needs to know about a model; `runtime.preflight.run_plan` finds it. Pure."""
+"""What the arithmetic needs to know about a model, from `runtime.preflight.model_trace`. Pure."""
 
 from __future__ import annotations
 

@@ -57,13 +57,17 @@ def step_traffic(shape: ModelShape, setup: WorkerSetup) -> Traffic:
 
     Weights that are not trained are gathered (ZeRO-3), never reduced.
     """
-    num_trainable, lanes = shape.num_trainable, setup.lanes
+    num_trainable = shape.num_trainable
+    lanes = setup.lanes
     if setup.stage < 3:
+        # ZeRO-2 keeps no whole gradients to add further lanes to, so each lane is reduced by itself
         num_reductions = lanes if setup.stage == 2 else 1
         elements = {"gradients": num_trainable * num_reductions, "weights": num_trainable}
     else:
+        # gathered twice in each lane: for the forward pass, and again for the backward pass
         num_gathered = 2 * shape.num_parameters * lanes
         elements = {"gradients": num_trainable * lanes, "weights": num_gathered}
+
     if setup.world == 1:
         elements = dict.fromkeys(elements, 0)
 
@@ -72,6 +76,7 @@ def step_traffic(shape: ModelShape, setup: WorkerSetup) -> Traffic:
     if setup.stage in (1, 2):
         by_deepspeed += elements["gradients"]
 
+    # a ring sends (N - 1) / N of the bytes; multiplied first, so that only the last step rounds
     def sent_bytes(num_elements: int) -> int:
         return num_elements * _weight_bytes(setup) * (setup.world - 1) // setup.world
 
@@ -82,8 +87,11 @@ def checkpoint_bytes(shape: ModelShape, setup: WorkerSetup) -> CheckpointBytes:
     """Return the bytes of a checkpoint; all but `per_worker` are the same for any world size."""
     num_moments = _NUM_MOMENTS[setup.optimizer] if setup.has_moments else 0
     float32_copies = 1 + num_moments + setup.num_weight_copies
+
+    # the master weights, the optimizer's moments, and copies such as a moving average
     total = 4 * shape.num_trainable * float32_copies
     num_frozen = shape.num_parameters - shape.num_trainable
+
     return CheckpointBytes(
         checkpoint=total,
         per_worker=-(-total // setup.world),

@@ -127,8 +127,18 @@ def worker_setup(
     plain = config.max_workers == 0
     if stage is None:
         stage = 0 if plain else config.zero.stage
+
+    # float32 copies: the weights to stay near (EWC: also their Fisher information), the average
     num_anchor_copies = {"none": 0, "l2": 1, "ewc": 2}[config.tuning.anchor.method]
     num_average_copies = int(config.tuning.ema_decay > 0)
+
+    # DeepSpeed offloads only what a stage partitions
+    offload_optimizer = offload_param = "none"
+    if offload and stage >= 1:
+        offload_optimizer = config.zero.offload_optimizer
+    if offload and stage == 3:
+        offload_param = config.zero.offload_param
+
     return WorkerSetup(
         world=world,
         stage=stage,
@@ -140,8 +150,8 @@ def worker_setup(
         plain=plain and stage == 0,
         overlap=bool(zero.get("overlap_comm", config.cluster.gpus_per_worker > 0)),
         zero=zero,
-        offload_optimizer=config.zero.offload_optimizer if offload and stage >= 1 else "none",
-        offload_param=config.zero.offload_param if offload and stage == 3 else "none",
+        offload_optimizer=offload_optimizer,
+        offload_param=offload_param,
     )
 
 
@@ -150,6 +160,8 @@ def peak_memory(shape: ModelShape, setup: WorkerSetup) -> WorkerMemory:
     state = _model_state(shape, setup)
     gathered = _gathered_bytes(shape, setup)
     buffers = _buffer_bytes(shape, setup)
+
+    # from ZeRO-2 on, each gradient is passed on to its partition as soon as it exists
     lane = shape.added if setup.stage < 2 else shape.passed
 
     def moment(
@@ -178,6 +190,7 @@ def peak_memory(shape: ModelShape, setup: WorkerSetup) -> WorkerMemory:
         "reduction": moment(gathered.persistent, buffers.buckets + buffers.reduction),
         "update": moment(gathered.persistent, _update_bytes(shape, setup)),
     }
+
     host = _offload(moments, state, shape, setup)
     when = max(moments, key=lambda name: sum(moments[name].values()))
     return WorkerMemory(moments[when], host, when)
@@ -202,12 +215,14 @@ def _offload(
         for held in moments.values():
             held[kind] = 0
 
+    # the update runs on the host, where the flat copy of the gradients is then
     if "optimizer" in offloaded:
         moments["update"]["buffers"] = 0
         if setup.stage < 3:
             # the gradient of one weight, on its way to the host
             sizes = [weight.numel for weight in shape.weights if weight.trainable]
             moments["backward"]["buffers"] += _weight_bytes(setup) * max(sizes, default=0)
+
     return host
 
 
@@ -225,9 +240,13 @@ def _model_state(shape: ModelShape, setup: WorkerSetup) -> dict[str, int]:
         shape.num_trainable,
         setup.num_weight_copies,
     )
+
+    # `model_state_bytes` counts SGD with momentum. The moments are subtracted with the same
+    # rounding with which they were added.
     if not setup.has_moments:
         moment_bytes = 4 * shape.num_trainable
         state["optimizer"] -= -(-moment_bytes // setup.world) if setup.stage else moment_bytes
+
     if setup.plain and setup.dtype != "float32":
         state["gradients"] = 4 * shape.num_trainable  # lanes are summed in float32
     return state
@@ -240,6 +259,9 @@ def _gathered_bytes(shape: ModelShape, setup: WorkerSetup) -> _GatheredBytes:
     limits = gathered_weights.Limits.from_config(setup.zero)
     elements = gathered_weights.simulate(shape, limits)
     size = _weight_bytes(setup)
+
+    # A single worker holds all weights whole, which the model state counts already. With offload,
+    # they are gathered from the host.
     is_alone = setup.world == 1
     if is_alone and setup.offload_param == "none":
         return _GatheredBytes(0, 0, 0)
@@ -261,16 +283,22 @@ def _buffer_bytes(shape: ModelShape, setup: WorkerSetup) -> _BufferBytes:
 
     bucket = int(setup.zero.get("reduce_bucket_size", BUCKET))
     # a flat copy of what is in the bucket, for the collective
-    flat_bytes = size * min(bucket, num_trainable) if setup.world > 1 else 0
+    flat_bytes = 0
+    if setup.world > 1:
+        flat_bytes = size * min(bucket, num_trainable)
 
     # ZeRO-2 reduces each lane into a partition of its own, then adds it to that of earlier lanes
-    share = -(-num_trainable // setup.world)
-    touched = _touched_elements(shape, setup.world) if setup.stage == 2 else share
-    lane_partition_bytes = size * touched if setup.stage == 2 and setup.lanes > 1 else 0
+    touched = share = -(-num_trainable // setup.world)
+    lane_partition_bytes = 0
+    if setup.stage == 2:
+        touched = _touched_elements(shape, setup.world)
+        if setup.lanes > 1:
+            lane_partition_bytes = size * touched
 
+    # with overlap, one bucket is filled while the other is reduced
     has_two_buckets = setup.overlap and setup.stage < 3
+    bucket_elements = 2 * bucket if has_two_buckets else bucket
     overflows = setup.stage > 1 and num_trainable > bucket
-    bucket_elements = bucket * (2 if has_two_buckets else 1)
     return _BufferBytes(
         buckets=size * (bucket_elements + max(0, touched - share)),
         reduction=flat_bytes + lane_partition_bytes,
@@ -285,9 +313,11 @@ def _touched_elements(shape: ModelShape, world: int) -> int:
     """
     touched = [0] * world
     for decays in (True, False):  # partitioned separately
-        sizes = [
-            weight.numel for weight in shape.weights if weight.trainable and weight.decays is decays
-        ]
+        sizes = []
+        for weight in shape.weights:
+            if weight.trainable and weight.decays is decays:
+                sizes.append(weight.numel)
+
         partition = max(1, -(-sum(sizes) // world))
         start = 0
         for size in sizes:
@@ -296,6 +326,7 @@ def _touched_elements(shape: ModelShape, world: int) -> int:
             for owner in range(first_owner, last_owner + 1):
                 touched[owner] += size
             start += size
+
     return max(touched)
 
 
@@ -307,6 +338,7 @@ def _update_bytes(shape: ModelShape, setup: WorkerSetup) -> int:
     if setup.stage < 3:
         return flat_gradients
 
+    # ZeRO-3 updates one sub-group after the other, and its bucket is never freed
     sub_group_bytes = 4 * int(setup.zero.get("sub_group_size", SUB_GROUP))
     bucket_bytes = _weight_bytes(setup) * int(setup.zero.get("reduce_bucket_size", BUCKET))
     return min(flat_gradients, sub_group_bytes) + bucket_bytes

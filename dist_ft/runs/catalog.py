@@ -1,4 +1,4 @@
-"""What a run has stored: its attempts and checkpoints, whether they are intact, which can go.
+"""What a run has stored: its attempts and checkpoints, which are intact and which can be removed.
 
 Reads manifests and listings; `verify` reads every byte. Only `prune` removes anything, and never
 the latest intact checkpoint.
@@ -97,14 +97,23 @@ def _summarize(store: Store, name: str) -> CheckpointSummary:
     except CheckpointError as error:
         return CheckpointSummary(name, problem=str(error))
 
-    own_files = [item for item in manifest.files if not item.shared]
+    # Frozen weights are stored once for the run: counted with every checkpoint that refers to them,
+    # they would make each look as large as the model.
+    num_files = num_bytes = num_shared_bytes = 0
+    for item in manifest.files:
+        if item.shared:
+            num_shared_bytes += item.num_bytes
+        else:
+            num_files += 1
+            num_bytes += item.num_bytes
+
     return CheckpointSummary(
         name,
-        sum(item.num_bytes for item in own_files),
-        len(own_files),
+        num_bytes,
+        num_files,
         manifest.world_size,
         manifest.created_at,
-        num_shared_bytes=sum(item.num_bytes for item in manifest.files if item.shared),
+        num_shared_bytes=num_shared_bytes,
         loss=manifest.evaluation.get("loss"),
     )
 
@@ -117,6 +126,7 @@ def attempts(store: Store) -> list[str]:
     lines = []
     names = store.list(discovery.ATTEMPTS)
     for name in names:
+        # The watchdog writes the stacks of hung workers into the same folder.
         number = name.removesuffix(".json")
         if not (name.endswith(".json") and number.isdigit()):
             continue
@@ -125,10 +135,12 @@ def attempts(store: Store) -> list[str]:
         line = f"{int(number)}: {note.get('started_at', '?')}, world {note.get('world_size', '?')}"
         if note.get("after"):
             line += f"; after {note['after']}"
+
         stacks = [other for other in names if other.startswith(f"{number}-rank-")]
         if stacks:
             line += f"; made no progress: {', '.join(stacks)}"
         lines.append(line)
+
     return lines
 
 
@@ -138,16 +150,16 @@ def describe_all(url: str) -> str:
     rows = []
     for name in run_names(url):
         run = store.child(name)
+
+        # Names of folders suffice here. Reading every manifest of every run would take minutes on
+        # an object store.
         committed = discovery.list_committed(run)
         step = _step_of(committed[0]) if committed else 0
         num_attempts = discovery.latest_attempt(run)
-        rows.append(
-            (
-                name,
-                f"step {step:,}, {_count(len(committed), 'checkpoint')}, "
-                f"{_count(num_attempts, 'attempt')}",
-            )
-        )
+
+        num_checkpoints = _count(len(committed), "checkpoint")
+        rows.append((name, f"step {step:,}, {num_checkpoints}, {_count(num_attempts, 'attempt')}"))
+
     if not rows:
         raise DataError(
             f"{store.redacted_url()}: holds no runs. Give the folder that run.storage names."
@@ -158,9 +170,10 @@ def describe_all(url: str) -> str:
 def describe(url: str) -> str:
     """Return a table of a run's attempts, checkpoints and time."""
     store = open_run(url)
+    checkpoint_lines = [_checkpoint_line(item) for item in checkpoints(store)]
     rows = [
         *_titled("attempt", attempts(store)),
-        *_titled("checkpoint", [_checkpoint_line(item) for item in checkpoints(store)]),
+        *_titled("checkpoint", checkpoint_lines),
         *_titled("time", list(time_accounting.lines(store))),
     ]
     return format_table(f"run {store.redacted_url()}", rows)
@@ -173,6 +186,7 @@ def _checkpoint_line(checkpoint: CheckpointSummary) -> str:
     size = f"{checkpoint.num_bytes / 2**20:,.1f} MiB in {_count(checkpoint.num_files, 'file')}"
     if checkpoint.num_shared_bytes:
         size += f" and {checkpoint.num_shared_bytes / 2**20:,.1f} MiB shared"
+
     line = f"{checkpoint.name}: {size}, world {checkpoint.world_size}, {checkpoint.created_at}"
     if checkpoint.loss is not None:
         line += f", held-out loss {checkpoint.loss:.4f}"
@@ -201,9 +215,15 @@ def prune(url: str, section: CheckpointSection, remove: bool) -> list[str]:
     """
     store = open_run(url)
     names = discovery.list_committed(store)
-    retained = set(select_retained(names, section, rank_by_evaluation(store, names, section)))
-    latest_intact = next((name for name in names if not _find_damage(store, name)), "")
-    retained.add(latest_intact)
+    ranks = rank_by_evaluation(store, names, section)
+    retained = set(select_retained(names, section, ranks))
+
+    # Retention counts damaged checkpoints too. If all retained ones were damaged, removing the rest
+    # would leave a run that cannot resume.
+    for name in names:
+        if not _find_damage(store, name):
+            retained.add(name)
+            break
 
     dropped = [name for name in names if name not in retained]
     if remove:
@@ -211,7 +231,10 @@ def prune(url: str, section: CheckpointSection, remove: bool) -> list[str]:
             # The manifest goes first: without it the checkpoint does not exist.
             store.remove(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
             store.remove(f"{discovery.FOLDER}/{name}")
+
+        # Last: until their manifests are gone, checkpoints still refer to shared files.
         remove_unused_shared_files(store, discovery.latest_attempt(store))
+
     return dropped
 
 
@@ -228,28 +251,37 @@ def diff(url: str, step: int, other_step: int) -> str:
     for name, info in first.tensors.items():
         numel = int(np.prod(info.shape))
         key = "param" if (name, "param") in first_reader.keys() else "frozen"  # noqa: SIM118
+
+        # (numel,) in float64: a float32 sum of millions of squares loses the small ones.
         before = first_reader.read(name, key, 0, numel).astype(np.float64)
         after = second_reader.read(name, key, 0, numel).astype(np.float64)
+
+        # A tensor of zeros (a new bias, LoRA's B) has no relative change.
         norm = float(np.linalg.norm(before))
         change = float(np.linalg.norm(after - before)) / norm if norm else 0.0
         changes.append((change, name))
 
     changes.sort(reverse=True)
+    rows = [(name, f"{change:.3e}") for change, name in changes]
     return format_table(
-        f"step {step} to {other_step} of {store.redacted_url()}: |change| / |weights|",
-        [(name, f"{change:.3e}") for change, name in changes],
+        f"step {step} to {other_step} of {store.redacted_url()}: |change| / |weights|", rows
     )
 
 
 def _manifest_of(store: Store, step: int) -> Manifest:
-    # Names are sorted latest first, so the latest attempt of a step wins.
-    names_by_step = {_step_of(name): name for name in reversed(discovery.list_committed(store))}
+    # A step that was repeated after a failure has a checkpoint of each attempt. Names are sorted
+    # latest first; reversed, the latest attempt is written last and wins.
+    names_by_step = {}
+    for name in reversed(discovery.list_committed(store)):
+        names_by_step[_step_of(name)] = name
+
     if step not in names_by_step:
         existing = ", ".join(str(number) for number in sorted(names_by_step)) or "none"
         raise CheckpointError(
             f"step {step}: {store.redacted_url()} has no checkpoint of it. "
             f"Existing steps: {existing}."
         )
+
     return discovery.load_manifest(store, names_by_step[step])
 
 
@@ -261,8 +293,13 @@ def _step_of(name: str) -> int:
 
 def _titled(title: str, lines: Sequence[str]) -> list[tuple[str, str]]:
     """Return rows of a table: the title stands next to the first line only."""
-    return [(title if number == 0 else "", line) for number, line in enumerate(lines)]
+    rows = []
+    for line in lines:
+        rows.append((title, line))
+        title = ""
+    return rows
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' if number != 1 else ''}"
+    plural = "" if number == 1 else "s"
+    return f"{number} {noun}{plural}"

@@ -56,15 +56,19 @@ def export_model(
             "export",
         )
     if as_int8:
+        # Before the weights are read and merged, which takes minutes for a large model.
         int8.require_torchao()
 
     store = Store(url)
     changes: dict[str, BeforeAfter] | None = None
 
+    # Runs while the folder has a temporary name, so that a failure here leaves nothing behind.
     def finish(folder: Path, manifest: Manifest) -> None:
         nonlocal changes
         if as_int8:
             changes = _quantize(store, folder)
+
+        # After quantization: the card lists what it changed.
         if not options.adapter:
             card = model_card.render(store, manifest, folder, changes)
             (folder / "README.md").write_text(card, "utf-8")
@@ -75,6 +79,7 @@ def export_model(
 
 def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
     """Replace the model in `folder` by itself with int8 weights; return what changed."""
+    # A sibling, so that the rename below stays within one filesystem.
     quantized = folder.with_name("int8")
     int8.quantize_int8(folder, quantized, trained_model.load_task(store))
     changes = compare(folder, quantized, _config_with_data(store))
@@ -82,6 +87,7 @@ def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
     about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))
     about["int8"] = changes
     (quantized / export.INFO_FILE).write_text(json.dumps(about, indent=1), "utf-8")
+
     shutil.rmtree(folder)
     quantized.rename(folder)
     return changes
@@ -91,8 +97,11 @@ def _config_with_data(store: Store) -> RunConfig | None:
     """Return the run's config if it has held-out data."""
     if not store.exists(STORED):
         return None
+
     config = load_stored_config(store)
-    return config if config.evaluation.data else None
+    if not config.evaluation.data:
+        return None
+    return config
 
 
 def compare(before: Path, after: Path, config: RunConfig | None) -> dict[str, BeforeAfter]:
@@ -106,25 +115,37 @@ def compare(before: Path, after: Path, config: RunConfig | None) -> dict[str, Be
     """
     from dist_ft.inference.evaluate import evaluate_models
 
-    models = [_load(folder) for folder in (before, after)]
-    logits_before, logits_after = [probe_outputs(model) for model in models]
+    model_before = _load(before)
+    model_after = _load(after)
+
+    logits_before = probe_outputs(model_before)
+    logits_after = probe_outputs(model_after)
+
+    # Relative to the largest logit: next to a single logit near 0 any difference looks large.
     largest_difference = (logits_after - logits_before).abs().max() / logits_before.abs().max()
+
+    latency = BeforeAfter(_latency_ms(model_before), _latency_ms(model_after))
     changes = {
         "MB on disk": BeforeAfter(_megabytes(before), _megabytes(after)),
-        f"ms for {LATENCY_TOKENS} tokens": BeforeAfter(*[_latency_ms(model) for model in models]),
+        f"ms for {LATENCY_TOKENS} tokens": latency,
         "logits, largest relative difference": BeforeAfter(0.0, largest_difference.item()),
     }
-    del models  # evaluation loads them again
+
+    # Evaluation loads the models again; both copies might not fit into memory.
+    del model_before, model_after
 
     if config is not None:
+        # The run may have used Ray workers with GPUs that this machine does not have.
         in_process = config.cluster.model_copy(update={"workers": 0})
         scores = evaluate_models(
             config.model_copy(update={"cluster": in_process}), [str(before), str(after)]
         )
+
         first, second = scores[str(before)], scores[str(after)]
         for name, value in first.items():
             if isinstance(value, int | float) and name != "num_target_tokens":
                 changes[name] = BeforeAfter(float(value), float(second[name]))
+
     return changes
 
 
@@ -143,20 +164,31 @@ def _load(folder: Path) -> Any:
 
 
 def _megabytes(folder: Path) -> float:
-    return sum(item.stat().st_size for item in folder.rglob("*") if item.is_file()) / 1e6
+    num_bytes = 0
+    for item in folder.rglob("*"):
+        if item.is_file():
+            num_bytes += item.stat().st_size
+    return num_bytes / 1e6
 
 
 def _latency_ms(model: Any) -> float:
     """Return the median time of one forward pass over one text on this machine."""
     import torch
 
+    # Spread over the vocabulary without a random generator: both models get the same tokens.
     vocab_size = model.config.get_text_config().vocab_size
     tokens = (torch.arange(LATENCY_TOKENS) * 7919 + 11)[None] % vocab_size  # (1, T)
-    kwargs = {"decoder_input_ids": tokens[:, :1]} if model.config.is_encoder_decoder else {}
+
+    kwargs = {}
+    if model.config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = tokens[:, :1]  # (1, 1)
+
     times = []
     with torch.inference_mode():
         for _ in range(WARMUP_PASSES + LATENCY_PASSES):
             started = time.perf_counter()
             model(input_ids=tokens, **kwargs)
             times.append(time.perf_counter() - started)
+
+    # The median ignores passes that another process interrupted.
     return statistics.median(times[WARMUP_PASSES:]) * 1000

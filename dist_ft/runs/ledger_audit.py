@@ -20,7 +20,7 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.data.blocks import index_file
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.sampling.batch_plan import BatchPlan
-from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.runtime.bootstrap.build_data import FOLDER
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
@@ -83,8 +83,13 @@ def audit(url: str) -> Audit:
     """
     store = Store(url)
     config = _stored_config(store)
+
+    # run.yaml was read with this machine's own settings. From here on the run's stored options (an
+    # endpoint, a region) apply, to its data too.
     filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
+
+    # Which rows the ledger has depends on the checkpoint: steps after it will be repeated.
     latest = discovery.find_latest(store, World(), Collectives())
     if index is None or latest is None:
         raise DataError(
@@ -93,9 +98,13 @@ def audit(url: str) -> Audit:
         )
 
     rows = read_ledger(store, latest)
+
+    # The plan only says how many epochs are complete. What was seen comes from the ledger, which
+    # records the batches themselves: comparing the plan with itself would prove nothing.
     plan = BatchPlan(
         index.counts, index.sources, config.effective_data, config.batch, config.run.seed
     )
+
     return Audit(
         latest.progress.step,
         len(set(store.list(discovery.ATTEMPTS))),
@@ -113,14 +122,17 @@ def verify_shards(url: str) -> int:
     store = Store(url)
     config = _stored_config(store)
     filesystem.configure(config.storage.options)
+
     index = index_file.load(store, f"{FOLDER}/data.train")
     if index is None:
         raise DataError(
             f"{store.redacted_url()}: no index yet, so no data was read. Start the run first."
         )
 
-    found = discover_shards(config.data.train)
-    index.verify_unchanged([shard for shards in found for shard in shards])
+    shards: list[Shard] = []
+    for shards_of_source in discover_shards(config.data.train):
+        shards.extend(shards_of_source)
+    index.verify_unchanged(shards)
     return len(index.shards)
 
 
@@ -130,6 +142,7 @@ def _stored_config(store: Store) -> RunConfig:
             f"{store.redacted_url()}: not a run (it has no {STORED}). Give the folder "
             "<run.storage>/<run.name>."
         )
+
     return load_stored_config(store)
 
 
@@ -145,27 +158,42 @@ def _count_epochs(
         config: the run's config.
         num_steps: steps the ledger covers.
     """
-    epoch_column, sample_column = rows[:, 1], rows[:, 3]
+    epoch_column = rows[:, 1]  # (N,)
+    sample_column = rows[:, 3]  # (N,)
+
+    # A ledger row does not name its source. Sample numbers are consecutive over all blocks, so the
+    # last block that starts at or before a sample holds it.
     blocks = np.searchsorted(index.first_samples, sample_column, side="right") - 1  # (N,)
     source_of_row = index.sources[blocks]  # (N,)
+
+    # A lower bound: lanes draw from weighted sources at different rates, and only draws that all of
+    # them have passed must be in the ledger.
     num_drawn = plan.min_draws_by_source(num_steps)
 
     counts = []
     for number, source in enumerate(config.data.train):
-        num_segments = sum(
-            stats.num_segments
-            for block, stats in zip(index.blocks, index.block_stats, strict=True)
-            if block.source == number
-        )
-        rows_of_source = rows[source_of_row == number]
-        epochs_of_source = epoch_column[source_of_row == number]
+        num_segments = 0
+        for block, stats in zip(index.blocks, index.block_stats, strict=True):
+            if block.source == number:
+                num_segments += stats.num_segments
 
+        is_of_source = source_of_row == number  # (N,)
+        rows_of_source = rows[is_of_source]
+        epochs_of_source = epoch_column[is_of_source]
+
+        # An epoch without any row is counted too if it must be complete: all of it was lost.
         num_whole_epochs = num_drawn[number] // plan.num_sequences(number)
         num_started_epochs = int(epochs_of_source.max(initial=-1)) + 1
         for epoch in range(max(num_whole_epochs, num_started_epochs)):
+            # A long sample is split into several segments, so its number alone is not unique.
             segments = rows_of_source[epochs_of_source == epoch][:, 3:5]  # sample, first token
             num_distinct = len(np.unique(segments, axis=0))
-            num_lost = num_segments - num_distinct if epoch < num_whole_epochs else 0
+
+            # The rest of the epoch that is in progress is not lost, only not read yet.
+            num_lost = 0
+            if epoch < num_whole_epochs:
+                num_lost = num_segments - num_distinct
+
             counts.append(
                 EpochCount(
                     source.name or f"source-{number}",
@@ -181,16 +209,18 @@ def _count_epochs(
 
 def describe(audit: Audit) -> str:
     """Return an audit as text."""
+    plural = "" if audit.attempts == 1 else "s"
     lines = [
-        f"steps 0 to {audit.step} over {audit.attempts} "
-        f"attempt{'s' if audit.attempts != 1 else ''}: "
+        f"steps 0 to {audit.step} over {audit.attempts} attempt{plural}: "
         f"{audit.num_rows:,} segments in the ledger"
     ]
+
     for count in audit.epochs:
         share = "all" if count.num_seen == count.num_segments else f"{count.num_seen:,} of"
         lines.append(
             f"  {count.source}, epoch {count.epoch}: {share} {count.num_segments:,} segments once, "
             f"{count.num_lost:,} lost, {count.num_repeated:,} repeated"
         )
+
     lines.append(f"exactly once: {'yes' if audit.is_sound else 'NO'}")
     return "\n".join(lines)

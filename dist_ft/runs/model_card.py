@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dist_ft.checkpoint.export import INFO_FILE
 from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.config.task_facts import TASKS, task_class
 from dist_ft.core.logs import redact
 from dist_ft.runs.run_facts import facts, stored_config
 from dist_ft.storage.filesystem import Store
@@ -61,8 +62,8 @@ def render(
     about = json.loads((folder / INFO_FILE).read_text("utf-8"))
     model_config = json.loads((folder / "config.json").read_text("utf-8"))
     task = about["task"]["name"]
-    run_facts = _facts(store, manifest, model_config)
 
+    run_facts = _facts(store, manifest, model_config)
     lines = [
         _front_matter(config, task, int8 is not None),
         f"# {config['run']['name']}",
@@ -74,10 +75,10 @@ def render(
         "",
         *_table(("", ""), list(run_facts.items())),
     ]
-    if about["task"].get("labels"):
-        names = model_config.get("id2label") or {}
-        labels = [_cell(names[number]) for number in sorted(names, key=int)]
-        lines += ["## Labels", "", ", ".join(labels), ""] if labels else []
+    # The class of a user's own task is not imported for this: a folder named it.
+    has_labels = bool(about["task"].get("labels"))
+    if has_labels or (task in TASKS and task_class(task).has_labels):
+        lines += _labels_section(model_config.get("id2label") or {})
     lines += ["## Scores on held-out data", "", *_scores(store, manifest.progress.step)]
     if int8:
         lines += _int8_section(int8)
@@ -85,7 +86,22 @@ def render(
 
     public_config = {name: config[name] for name in config if name not in HIDDEN_SECTIONS}
     lines += ["## Config", "", "```yaml", _yaml(_without_paths(public_config)), "```", ""]
+
+    # Once more over the finished text: a card is published, and its parts come from several files.
     return redact("\n".join(lines))
+
+
+def _labels_section(names: Mapping[str, str]) -> list[str]:
+    """Return the labels in the order of the head's outputs.
+
+    Args:
+        names: {number of the output: label}, the model config's id2label.
+    """
+    # JSON has no numbers as keys: "10" would sort before "2".
+    labels = [_cell(names[number]) for number in sorted(names, key=int)]
+    if not labels:
+        return []
+    return ["## Labels", "", ", ".join(labels), ""]
 
 
 def _facts(store: Store, manifest: Manifest, model_config: Mapping[str, Any]) -> dict[str, str]:
@@ -93,25 +109,30 @@ def _facts(store: Store, manifest: Manifest, model_config: Mapping[str, Any]) ->
     run_facts = {name: _without_local_path(value) for name, value in facts(store).items()}
     architectures = ", ".join(model_config.get("architectures") or ())
     progress = manifest.progress
+    versions = [f"{library} {number}" for library, number in sorted(manifest.versions.items())]
+
+    # The facts describe the run's latest checkpoint; the exported one may be an earlier one.
     return run_facts | {
         "architecture": f"{architectures} ({model_config.get('model_type')})",
         "trained": f"{progress.step:,} steps, {progress.num_tokens:,} tokens",
         "saved": manifest.created_at,
-        "versions": ", ".join(
-            f"{library} {number}" for library, number in sorted(manifest.versions.items())
-        ),
+        "versions": ", ".join(versions),
     }
 
 
 def _front_matter(config: Mapping[str, Any], task: str, is_int8: bool) -> str:
     """Return the YAML block that the hub reads."""
     base_model = str(config["model"]["path"])
-    fields: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["dist_ft", "int8"] if is_int8 else ["dist_ft"],
-    }
+    tags = ["dist_ft"]
+    if is_int8:
+        tags.append("int8")
+
+    fields: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if task in PIPELINES:
         fields["pipeline_tag"] = PIPELINES[task]
+
+    # The hub links to this name. A local folder can have the form org/name too, but means nothing
+    # to others.
     if _HUB_NAME.fullmatch(base_model) and not os.path.exists(base_model):
         fields["base_model"] = base_model
     return f"---\n{_yaml(fields)}\n---\n"
@@ -119,11 +140,10 @@ def _front_matter(config: Mapping[str, Any], task: str, is_int8: bool) -> str:
 
 def _scores(store: Store, step: int) -> list[str]:
     """Return the table of metrics at the first evaluation and at the last one up to `step`."""
-    evaluations = [
-        line
-        for line in read_metrics(store)
-        if line["kind"] == "evaluation" and line["step"] <= step
-    ]
+    evaluations = []
+    for line in read_metrics(store):
+        if line["kind"] == "evaluation" and line["step"] <= step:
+            evaluations.append(line)
     if not evaluations:
         return ["None: the run had no evaluation up to this step.", ""]
 
@@ -132,6 +152,7 @@ def _scores(store: Store, step: int) -> list[str]:
     for name, value in last.items():
         if isinstance(value, int | float) and name not in ("step", "time", "num_target_tokens"):
             rows.append((name.replace("_", " "), _number(first.get(name)), _number(value)))
+
     return _table(("metric", f"step {first['step']}", f"step {last['step']}"), rows)
 
 
@@ -157,8 +178,10 @@ def _limits(about: Mapping[str, Any], task: str) -> list[str]:
         lines.append(
             f"- Trained on sequences of at most {length} tokens; longer texts were not measured."
         )
+
     if task in ("causal_lm", "seq2seq"):
         lines.append("- Generated text may be wrong; its content was not examined here.")
+
     return [
         *lines,
         "- Scores are those of the held-out data named above. Other domains, languages, bias and "
@@ -170,16 +193,20 @@ def _limits(about: Mapping[str, Any], task: str) -> list[str]:
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = [f"| {' | '.join(heads)} |", f"| --- |{' --- |' * (len(heads) - 1)}"]
     for row in rows:
-        lines.append(f"| {' | '.join(_cell(value) for value in row)} |")
+        cells = [_cell(value) for value in row]
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _cell(text: str) -> str:
+    # Labels and paths come from users: a bar would start another column, "<" would start HTML.
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _without_local_path(text: str) -> str:
     """Return a text with local absolute paths cut to their last part."""
+    # Not after ":" or "/", which belong to a URL, nor after "*" and ".", which belong to a glob or
+    # a relative path: those name nothing on the user's machine.
     return re.sub(r"(?<![\w:/.*])(?:~|file:/)?/(?:[^\s,:'\"]*/)([^\s/,:'\"]+)", r"\1", text)
 
 
@@ -189,7 +216,9 @@ def _without_paths(value: Any) -> Any:
         return {name: _without_paths(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
-    return _without_local_path(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _without_local_path(value)
+    return value
 
 
 def _number(value: float | None) -> str:

@@ -13,20 +13,12 @@ from typing import NamedTuple
 from dist_ft.runs.report import EvaluationTables, Report
 
 MAX_POINTS = 600
-"""Points of a curve. With more, means of neighbours are drawn."""
-
-
+"""Points of a curve. With more, means of neighbors are drawn."""
 MAX_MATRIX_LABELS = 30
 """Labels of a confusion matrix that is shown. With more, the most confused pairs are listed."""
-
-
 MAX_CELL_CHARS = 300
-
-
 POSITIVE_RGB = "230, 120, 20"
 """Color of tokens that speak for a prediction."""
-
-
 NEGATIVE_RGB = "30, 110, 200"
 """Color of tokens that speak against it."""
 
@@ -88,6 +80,8 @@ def most_confused(
         for predicted, count in zip(labels, row, strict=True):
             if label != predicted and count:
                 pairs.append(ConfusedPair(label, predicted, count))
+
+    # A stable sort: pairs with equal counts stay in the order of the labels.
     pairs.sort(key=lambda pair: -pair.num)
     return pairs[:limit]
 
@@ -96,13 +90,14 @@ def metric_changes(evaluations: Sequence[Mapping[str, float]]) -> list[MetricCha
     """Return each metric at the first and at the last evaluation."""
     if not evaluations:
         return []
+
+    # A resume with another config may add or remove metrics, so either side may lack one.
     first, last = evaluations[0], evaluations[-1]
-    names = dict.fromkeys([*last, *first])
-    return [
-        MetricChange(name, first.get(name), last.get(name))
-        for name in names
-        if name not in ("step", "num_target_tokens")
-    ]
+    changes = []
+    for name in dict.fromkeys([*last, *first]):
+        if name not in ("step", "num_target_tokens"):
+            changes.append(MetricChange(name, first.get(name), last.get(name)))
+    return changes
 
 
 def to_markdown(report: Report) -> str:
@@ -134,6 +129,7 @@ def _metrics_markdown(report: Report) -> list[str]:
         for metric, first, last in changes:
             lines.append(f"| {metric.replace('_', ' ')} | {_number(first)} | {_number(last)} |")
         lines.append("")
+
     best_evaluation = report["best"]
     if best_evaluation:
         lines += [
@@ -141,12 +137,14 @@ def _metrics_markdown(report: Report) -> list[str]:
             f"{best_evaluation['step']}.",
             "",
         ]
+
     return lines
 
 
 def _tables_markdown(report: Report) -> list[str]:
     tables = report["tables"]
     lines = []
+
     for title, table in _titled_tables(tables).items():
         lines += [
             f"## {title}",
@@ -158,17 +156,20 @@ def _tables_markdown(report: Report) -> list[str]:
             lines.append(f"| {_cell(label)} | {' | '.join(values)} |")
         lines.append("")
 
+    # A matrix does not fit into Markdown. Its largest entries off the diagonal do.
     if "confusion" in tables:
         lines += ["## Most confused labels", ""]
         for pair in most_confused(tables["labels"], tables["confusion"]):
             lines.append(f"- {_cell(pair.label)} as {_cell(pair.predicted)}: {pair.num}")
         lines.append("")
+
     return lines
 
 
 def _examples_markdown(report: Report) -> list[str]:
     if not report["examples"]:
         return []
+
     lines = [
         f"## Most confident errors at step {report['examples_step']}",
         "",
@@ -179,34 +180,48 @@ def _examples_markdown(report: Report) -> list[str]:
         texts = [_cell(example[key]) for key in ("text", "expected", "predicted")]
         cells = [str(example["sample"]), *texts, _number(example["score"])]
         lines.append(f"| {' | '.join(cells)} |")
+
     return [*lines, ""]
 
 
 def _cell(text: str) -> str:
     """Return a text as a cell of a Markdown table: one line of limited length."""
-    line = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-    return line if len(line) <= MAX_CELL_CHARS else line[:MAX_CELL_CHARS] + " ..."
+    line = " ".join(text.split())
+
+    # Backslashes first: a bar is escaped by one, which must not be doubled afterwards.
+    line = line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+    if len(line) <= MAX_CELL_CHARS:
+        return line
+    return line[:MAX_CELL_CHARS] + " ..."
 
 
 def to_html(report: Report) -> str:
     """Return the report as one HTML page."""
     import jinja2
 
+    # Texts of examples are data: without escaping they could run scripts in the reader's browser.
     source = resources.files("dist_ft.runs").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
 
+    shaded = [shade_tokens(example.get("tokens", ())) for example in report["examples"]]
     tables = report["tables"]
     labels = tables.get("labels", [])
+    pairs = most_confused(labels, tables["confusion"]) if labels else []
+
+    # The template shows the pairs where it gets no labels of a matrix.
+    matrix_labels = labels if len(labels) <= MAX_MATRIX_LABELS else []
+
     return environment.from_string(source).render(
         report=report,
-        shaded=[shade_tokens(example.get("tokens", ())) for example in report["examples"]],
+        shaded=shaded,
         curves=_curves(report),
         tables=_titled_tables(tables),
         number=_number,
         metrics=metric_changes(report["evaluations"]),
-        labels=labels if len(labels) <= MAX_MATRIX_LABELS else [],
+        labels=matrix_labels,
         matrix=tables.get("confusion", []),
-        pairs=most_confused(labels, tables["confusion"]) if labels else [],
+        pairs=pairs,
     )
 
 
@@ -218,10 +233,14 @@ def shade_tokens(tokens: Sequence[tuple[str, float]]) -> list[ShadedToken]:
     Args:
         tokens: (text, attribution) of each token.
     """
+    # 1 without tokens, and if all attributions are 0, to divide by.
     largest = max((abs(weight) for _, weight in tokens), default=0.0) or 1.0
+
     shaded = []
     for text, weight in tokens:
         rgb = POSITIVE_RGB if weight > 0 else NEGATIVE_RGB
+
+        # At most 0.75: the text has to stay readable on its shade.
         opacity = abs(weight) / largest * 0.75
         shaded.append(ShadedToken(text, f"rgba({rgb}, {opacity:.2f})", f"{weight:+.4f}"))
     return shaded
@@ -232,6 +251,7 @@ def _titled_tables(tables: EvaluationTables) -> dict[str, TableText]:
     titled = {}
     if "by_label" in tables:
         titled["By label"] = _table_text(tables["by_label"])
+
     if "by_tag" in tables:
         titled["By tag"] = _table_text(tables["by_tag"])
     return titled
@@ -239,6 +259,7 @@ def _titled_tables(tables: EvaluationTables) -> dict[str, TableText]:
 
 def _table_text(table: Mapping[str, Mapping[str, float]]) -> TableText:
     """Return a table {label: {column: value}} as text."""
+    # All rows have the columns of the first one.
     columns = list(next(iter(table.values()))) if table else []
     rows = []
     for label, values in table.items():
@@ -249,6 +270,8 @@ def _table_text(table: Mapping[str, Mapping[str, float]]) -> TableText:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
+
+    # 0 and 1 are usually scores, not counts, so they keep their decimals.
     if float(value).is_integer() and abs(value) > 1:
         return f"{value:,.0f}"
     return f"{value:.4f}"
@@ -256,17 +279,21 @@ def _number(value: float | None) -> str:
 
 def _curves(report: Report) -> list[Curve]:
     """Return the curves of the training loss, and of each metric over the evaluations."""
-    train, evaluations = report["train"], report["evaluations"]
-    train_loss = _points(train, "loss")
+    evaluations = report["evaluations"]
+    train_loss = _points(report["train"], "loss")
+
     curves = []
     if train_loss:
         lines = {"training": _thin_out(train_loss), "held-out": _points(evaluations, "loss")}
         curves.append(Curve("loss", _plot_svg(lines)))
+
+    # A single point is no curve; the table of metrics has it.
     if len(evaluations) > 1:
         for change in metric_changes(evaluations):
             if change.metric != "loss":
                 lines = {"held-out": _points(evaluations, change.metric)}
                 curves.append(Curve(change.metric.replace("_", " "), _plot_svg(lines)))
+
     return curves
 
 
@@ -275,8 +302,10 @@ def _points(lines: Sequence[Mapping[str, float]], metric: str) -> list[Point]:
 
 
 def _thin_out(points: Sequence[Point]) -> list[Point]:
-    """Return at most MAX_POINTS points: means of neighbours, at the step of the last of them."""
+    """Return at most MAX_POINTS points: means of neighbors, at the step of the last of them."""
+    # Every point of a run of a million steps would be an SVG of tens of MB.
     group_size = max(1, -(-len(points) // MAX_POINTS))
+
     thinned = []
     for start in range(0, len(points), group_size):
         group = points[start : start + group_size]
@@ -290,19 +319,27 @@ def _plot_svg(lines: Mapping[str, Sequence[Point]]) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
+    # Without pyplot, which looks for a display and keeps every figure until it is closed.
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
+
     for label, points in lines.items():
         if points:
             steps, values = zip(*points, strict=True)
+
+            # Few points need markers: a line through a single one is invisible.
             marker = "o" if len(points) < 30 else None
             axes.plot(steps, values, label=label, marker=marker, markersize=3)
+
     axes.set_xlabel("step")
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend()
 
+    # Without the date of rendering, which says nothing about the run.
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+
+    # SVG inside an HTML page must not have an XML declaration.
     text = buffer.getvalue()
     return text[text.index("<svg") :]

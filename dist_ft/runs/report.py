@@ -108,11 +108,13 @@ def gather(url: str) -> Report:
     if not lines:
         raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
+    # Redacted before it is parsed: the text itself is shown, and so are values of the mapping.
     text = redact(store.read(STORED).decode())
     config = renames.RUN.migrate(yaml.safe_load(text))
     train = [_numbers(line) for line in lines if line["kind"] == "train"]
     evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
     latest = _latest_evaluation(store)
+
     return {
         "name": config["run"]["name"],
         "storage": store.redacted_url(),
@@ -135,6 +137,7 @@ def gather(url: str) -> Report:
 
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    # NaN and infinity are null in the file, and are left out of curves and tables.
     return {name: value for name, value in line.items() if isinstance(value, int | float)}
 
 
@@ -142,10 +145,12 @@ def _best(
     config: Mapping[str, Any], evaluations: Sequence[Mapping[str, float]]
 ) -> BestEvaluation | None:
     """Return the best evaluation by checkpoint.best_by."""
+    # By the config's own choice, not by the loss: it is what keep_best and export --best use.
     metric = (config.get("checkpoint") or {}).get("best_by", "loss")
     values = [(int(line["step"]), line[metric]) for line in evaluations if metric in line]
     if not values:
         return None
+
     step, value = best.find_best(metric, values)
     return {"step": step, "value": value, "metric": metric}
 
@@ -154,6 +159,8 @@ def _latest_evaluation(store: Store) -> Evaluation:
     names = store.list(FOLDER)
     if not names:
         return Evaluation(None, {})
+
+    # Steps are padded with zeros, so the last name is that of the latest step.
     latest = max(names)
     step = int(latest.removeprefix("step-").removesuffix(".json"))
     return Evaluation(step, read_evaluation(store, step))
@@ -166,7 +173,10 @@ def _tables(details: Mapping[str, Any]) -> EvaluationTables:
         tables["by_label"] = details["by_label"]
     if details.get("by_tag"):
         tables["by_tag"] = details["by_tag"]
+
+    # The rows and columns of the matrix are in the order of the labels in by_label.
     if "confusion" in details:
         tables["labels"] = list(details["by_label"])
         tables["confusion"] = details["confusion"]
+
     return tables

@@ -24,6 +24,8 @@ ENGINE_TITLES = {"TorchEngine": "plain PyTorch", "DeepSpeedEngine": "DeepSpeed Z
 
 def stored_config(store: Store) -> dict[str, Any]:
     """Return the resolved config of a run as a mapping, without credentials."""
+    # The plain mapping rather than a RunConfig: a report must also work for a run that another
+    # version stored, whose fields this version may not know.
     import yaml
 
     return renames.RUN.migrate(yaml.safe_load(redact(store.read(STORED).decode())))
@@ -32,6 +34,8 @@ def stored_config(store: Store) -> dict[str, Any]:
 def facts(store: Store) -> dict[str, str]:
     """Return {title: value} of a run, in the order of a report."""
     config = stored_config(store)
+
+    # A config that an older version stored may lack whole sections, or have them empty.
     model = config["model"]
     task = config.get("task") or {}
     tuning = config.get("tuning") or {}
@@ -41,6 +45,8 @@ def facts(store: Store) -> dict[str, str]:
     base_model = str(model["path"])
     if model.get("revision"):
         base_model += f", revision {model['revision']}"
+
+    optimizer = _describe_optimizer(config.get("optimizer") or {}, config.get("schedule") or {})
     configured = {
         "task": task.get("name", "causal_lm").replace("_", " "),
         "base model": base_model,
@@ -49,9 +55,7 @@ def facts(store: Store) -> dict[str, str]:
         "held-out data": _describe_data(store, evaluation.get("data"), "evaluation.data"),
         "global batch": f"{batch.get('global_batch')} samples or sequences of at most "
         f"{batch.get('sequence_length')} tokens",
-        "optimizer": _describe_optimizer(
-            config.get("optimizer") or {}, config.get("schedule") or {}
-        ),
+        "optimizer": optimizer,
         "seed": str(config["run"].get("seed", 0)),
     }
     return {**configured, **_latest_checkpoint(store)}
@@ -62,10 +66,14 @@ def _describe_data(store: Store, sources: Any, field: str) -> str:
     if not sources:
         return "none"
 
-    listed = sources if isinstance(sources, list) else [sources]
-    paths = ", ".join(
-        str(source["path"] if isinstance(source, Mapping) else source) for source in listed
-    )
+    # A config may name one source or a list, each as a path or a mapping.
+    path_list = []
+    for source in sources if isinstance(sources, list) else [sources]:
+        path = source["path"] if isinstance(source, Mapping) else source
+        path_list.append(str(path))
+    paths = ", ".join(path_list)
+
+    # Counts are an extra: a damaged index, or one of another format, must not hide the other facts.
     try:
         index = indices.load(store, f"{FOLDER}/{field}")
     except DistFtError:
@@ -74,8 +82,9 @@ def _describe_data(store: Store, sources: Any, field: str) -> str:
         return paths
 
     num_shards = len(index.shards)
+    plural = "" if num_shards == 1 else "s"
     return (
-        f"{paths}: {num_shards:,} shard{'s' if num_shards != 1 else ''}, "
+        f"{paths}: {num_shards:,} shard{plural}, "
         f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens"
     )
 
@@ -85,6 +94,7 @@ def _describe_optimizer(optimizer: Mapping[str, Any], schedule: Mapping[str, Any
     rate = optimizer.get("learning_rate")
     if isinstance(rate, int | float):
         text += f", learning rate {rate:g}"
+
     if schedule.get("name"):
         text += f", {schedule['name']}"
     return text
@@ -100,13 +110,14 @@ def _latest_checkpoint(store: Store) -> dict[str, str]:
 
         engine = ENGINE_TITLES.get(manifest.engine, manifest.engine)
         num_workers = manifest.world_size
+        plural = "" if num_workers == 1 else "s"
         progress = manifest.progress
+        versions = [f"{library} {number}" for library, number in sorted(manifest.versions.items())]
         return {
             "trained": f"{progress.step:,} steps, {progress.num_tokens:,} tokens",
-            "engine": f"{engine}, {num_workers} worker{'s' if num_workers != 1 else ''}",
+            "engine": f"{engine}, {num_workers} worker{plural}",
             "saved": manifest.created_at,
-            "versions": ", ".join(
-                f"{library} {number}" for library, number in sorted(manifest.versions.items())
-            ),
+            "versions": ", ".join(versions),
         }
+
     return {}

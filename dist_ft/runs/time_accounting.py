@@ -24,11 +24,16 @@ class AttemptTimes(NamedTuple):
 
 def read_attempt_times(store: Store) -> AttemptTimes:
     """Return the time of all attempts of the run at `store`."""
-    attempts, unreadable = [], []
+    attempts = []
+    unreadable = []
+
+    # Names are padded numbers, so attempts come in order.
     for name in store.list(time_ledger.FOLDER):
         path = f"{time_ledger.FOLDER}/{name}"
         try:
             note = json.loads(store.read(path))
+
+            # "begun_at" is the name in the stored format, which attempts of 0.1.0 share.
             attempt = AttemptTime(
                 int(note["attempt"]),
                 datetime.fromisoformat(note["begun_at"]).timestamp(),
@@ -37,9 +42,12 @@ def read_attempt_times(store: Store) -> AttemptTimes:
                 tuple((int(step), dict(seconds)) for step, seconds in note["marks"]),
             )
         except (ValueError, KeyError, TypeError) as error:
+            # One bad file must not hide the time of all other attempts.
             unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
             continue
+
         attempts.append(attempt)
+
     return AttemptTimes(attempts, unreadable)
 
 
@@ -57,11 +65,16 @@ class StoredTime(TypedDict, total=False):
 
 def read_stored_time(store: Store, name: str) -> StoredTime:
     """Return one file of time as it was written; {} if it cannot be read now."""
+    # Called while the run may be writing: a store without atomic writes can show half a file, and
+    # the next poll reads it again.
     try:
         note = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
     except (ValueError, StorageError):
         return {}
-    return cast(StoredTime, note) if isinstance(note, dict) else {}
+
+    if not isinstance(note, dict):
+        return {}
+    return cast(StoredTime, note)
 
 
 def lines(store: Store) -> Iterator[str]:
@@ -74,10 +87,13 @@ def lines(store: Store) -> Iterator[str]:
     seconds = goodput.time_by_part(times.attempts)
     wall_s = sum(seconds.values())
     num_attempts = len(times.attempts)
+    plural = "" if num_attempts == 1 else "s"
     yield (
-        f"{format_duration(wall_s)} over {num_attempts} attempt{'s' if num_attempts != 1 else ''}, "
+        f"{format_duration(wall_s)} over {num_attempts} attempt{plural}, "
         f"{goodput.attributed_share(seconds):.1%} attributed"
     )
+
+    # All parts, also those of 0 s: that a run lost nothing is worth a line.
     for part, meaning in goodput.PARTS.items():
         share = seconds[part] / wall_s if wall_s else 0
         yield f"{part:<10} {share:6.1%} {seconds[part]:12,.1f} s  {meaning}"
@@ -92,5 +108,8 @@ def mean_save_stall_s(attempts: list[AttemptTime]) -> float | None:
     marks = attempts[0].marks if attempts else ()
     if len(marks) < 2:
         return None
+
+    # A mark holds the time up to the start of its save, so the last one covers all saves but its
+    # own.
     _, seconds_at_last_save = marks[-1]
     return seconds_at_last_save.get("save", 0.0) / (len(marks) - 1)

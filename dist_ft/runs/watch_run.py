@@ -41,9 +41,15 @@ def watch(
         DataError: the folder holds no run.
     """
     store = catalog.open_run(url)
-    num_shown, last_shown = 0, None
-    last_state, changed_at = "", time.monotonic()
+
+    num_shown = 0
+    last_shown: dict[str, Any] | None = None
+    last_state = ""
+    changed_at = time.monotonic()
+
     while True:
+        # The attempt before the metrics: the run writes its end last, so once it has ended, the
+        # metrics read after it are complete.
         attempt = latest_attempt(store)
         lines = [line for line in read_metrics(store) if line.get("kind") in SHOWN_KINDS]
 
@@ -53,44 +59,53 @@ def watch(
             step = lines[-1]["step"] if lines else 0
             report_line(f"-- resumed from a checkpoint; metrics end at step {step} --")
             num_shown = min(num_shown, len(lines))
+
         for text in metric_lines(lines[num_shown:]):
             report_line(text)
-        num_shown, last_shown = len(lines), lines[-1] if lines else None
+        num_shown = len(lines)
+        last_shown = lines[-1] if lines else None
 
         if attempt.get("ended"):
             return f"the run has ended: {attempt['ended']}"
         if once:
             return "the run has not ended, according to its storage"
 
+        # The time file changes even while no step ends (a long start, a slow save), so both count
+        # as signs of life. A monotonic clock of this machine: the run's clock may differ.
         state = f"{len(lines)} {attempt}"
         if state != last_state:
-            last_state, changed_at = state, time.monotonic()
+            last_state = state
+            changed_at = time.monotonic()
+
         if time.monotonic() - changed_at > silent_s:
             return (
                 f"the run has written nothing for {silent_s:.0f} s. It may have died, or it waits "
                 "for nodes."
             )
+
         time.sleep(poll_s)
 
 
 def latest_attempt(store: Store) -> StoredTime:
     """Return the time file of the latest attempt; {} before the first."""
     names = store.list(time_ledger.FOLDER)
-    return time_accounting.read_stored_time(store, names[-1]) if names else {}
+    if not names:
+        return {}
+    return time_accounting.read_stored_time(store, names[-1])
 
 
 def metric_lines(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield a line of text for each line of metrics."""
     for line in lines:
         if line["kind"] == "evaluation":
-            values = ", ".join(
-                f"{name} {value:.4f}"
-                for name, value in line.items()
-                if name not in ("step", "kind") and isinstance(value, int | float)
-            )
-            yield f"step {line['step']}  held-out: {values}"
+            values = []
+            for name, value in line.items():
+                if name not in ("step", "kind") and isinstance(value, int | float):
+                    values.append(f"{name} {value:.4f}")
+            yield f"step {line['step']}  held-out: {', '.join(values)}"
             continue
 
+        # NaN and infinity are null in the file.
         loss = "not finite" if line.get("loss") is None else f"{line['loss']:.4f}"
         yield (
             f"step {line['step']}  loss {loss}  lr {line.get('learning_rate') or 0:.2e}  "

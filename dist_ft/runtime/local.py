@@ -33,6 +33,7 @@ def exit_process(code: int) -> NoReturn:
     SIGABRT.
     """
     if joined_process_group.is_set():
+        # `os._exit` skips what the interpreter does at its end, so write out the rest here.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -52,6 +53,7 @@ def run(config: RunConfig, context: RunContext | None = None) -> Result:
     with _process_group(config, world), stop_on_signal(context.console) as got_signal:
         stop_requested = context.should_stop
         context = replace(context, should_stop=lambda: got_signal() or stop_requested())
+
         return training_run.run(config, world, context)
 
 
@@ -61,26 +63,33 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     if config.max_workers == 0 and world.num_ranks == 1:
         yield
         return
+
     import torch
     import torch.distributed as dist
 
     joined_process_group.set()
     use_gpu = config.cluster.gpus_per_worker > 0
     if use_gpu:
+        # Before the group exists: NCCL uses the current device, by default GPU 0 on every rank.
         torch.cuda.set_device(world.rank_of_node)
+
+    # Started by hand and not by torchrun: a world of one that meets itself on this machine.
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1"
         os.environ["MASTER_PORT"] = str(_free_port())
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
         os.environ["WORLD_SIZE"] = "1"
 
+    # A caller that has a process group of its own keeps it.
     is_owner = not dist.is_initialized()
     if is_owner:
+        # The backends read the variables of network interfaces only here.
         network_check.configure_interfaces(config)
         dist.init_process_group(
             "nccl" if use_gpu else "gloo",
             timeout=timedelta(seconds=config.cluster.collective_timeout_s),
         )
+
     try:
         yield
     finally:
@@ -105,8 +114,10 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
     printers: list[threading.Thread] = []
 
     def handle(number: int, _frame: Any) -> None:
+        # The old handler is back at once, so that a second signal interrupts a save that hangs.
         signal.signal(number, previous[number])
         received.set()
+
         name = signal.Signals(number).name
         text = f"{name}: saving after this step, then stopping (again: stop at once)"
         # in a thread of its own, for this one may be in the middle of writing a line
@@ -114,14 +125,18 @@ def stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
         printers.append(printer)
         printer.start()
 
+    # Python sets signal handlers in the main thread only; elsewhere the caller handles signals.
     if threading.current_thread() is threading.main_thread():
         for handled in (signal.SIGINT, signal.SIGTERM):
             previous[handled] = signal.signal(handled, handle)
+
     try:
         yield received.is_set
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+        # With a limit: a terminal that does not take output must not keep the run from ending.
         for printer in printers:
             printer.join(1)
         console.close()

@@ -60,13 +60,17 @@ def describe(use_gpu: bool) -> NodeDescription:
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
+        # Fewer than all where a container or a scheduler pins this process.
         "cpus_usable": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory_bytes / 2**30, 1),
         "versions": installed_versions(),
         "gpus": [],
     }
+
+    # Querying GPUs imports torch and creates a CUDA context, which takes memory on each of them.
     if use_gpu:
         _add_gpus(description)
+
     return description
 
 
@@ -75,6 +79,7 @@ def installed_versions() -> dict[str, str]:
     versions = {}
     for name in ("dist-ft", *PACKAGES):
         try:
+            # The metadata, not `__version__`: importing all of these takes seconds.
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
@@ -96,10 +101,14 @@ def _add_gpus(description: NodeDescription) -> None:
                 "processors": properties.multi_processor_count,
             }
         )
+
     description["gpus"] = gpus
     description["cuda"] = torch.version.cuda
     description["hip"] = torch.version.hip
+
+    # A build for HIP (RCCL) or without CUDA has no version of NCCL to query.
     description["nccl"] = None
     if torch.version.cuda:
         description["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+
     description["cudnn"] = torch.backends.cudnn.version()

@@ -69,11 +69,13 @@ class Finding:
 def plan_runs(num_workers: int, checks: Sequence[str]) -> list[Scenario]:
     """Return the runs that `checks` need, in order, without the speed run (`speed_scenario`)."""
     plain = _scenario("plain", "one process, plain PyTorch", stage=3, num_workers=0)
-    by_stage = [
-        _scenario(f"zero-{stage}", f"{num_workers} Ray workers, ZeRO-{stage}", stage)
-        for stage in ZERO_STAGES
-    ]
+    by_stage = []
+    for stage in ZERO_STAGES:
+        description = f"{num_workers} Ray workers, ZeRO-{stage}"
+        by_stage.append(_scenario(f"zero-{stage}", description, stage))
     zero_3 = by_stage[-1]
+
+    # faults of the drill, in the config of the run that their losses are compared with
     drill = {scenario.name: scenario for scenario in scenarios(num_workers)}
     killed = replace(drill["death"], name="killed", overrides=zero_3.overrides)
     if num_workers > 1:
@@ -95,6 +97,7 @@ def plan_runs(num_workers: int, checks: Sequence[str]) -> list[Scenario]:
         "resume": (zero_3, killed, resized),
         "throughput": (zero_3,),
     }
+    # in a fixed order, and each once: zero-3 serves several checks, and others are compared with it
     needed = {run.name for check in checks for run in runs_of_check[check]}
     return [run for run in (plain, *by_stage, killed, resized) if run.name in needed]
 
@@ -106,6 +109,7 @@ def resized_workers(num_workers: int) -> int:
 
 def resized_scenario(scenario: Scenario, num_workers: int) -> Scenario:
     """Return the scenario of the second command of the run `resized`."""
+    # overrides are shared with other scenarios, so they are copied and not changed in place
     cluster = {
         **scenario.overrides.get("cluster", {}),
         "workers": resized_workers(num_workers),
@@ -114,11 +118,15 @@ def resized_scenario(scenario: Scenario, num_workers: int) -> Scenario:
 
 
 def _scenario(name: str, description: str, stage: int, num_workers: int | None = None) -> Scenario:
-    cluster = {"network_check": "on"} if num_workers is None else {"workers": num_workers}
+    # "on", as "auto" skips a cluster of one node, and `check_network` needs the figures
+    cluster: dict[str, Any] = {"network_check": "on"}
+    if num_workers is not None:
+        cluster = {"workers": num_workers}
     return Scenario(
         name,
         description,
         overrides={
+            # float32, no recomputation, no offload: only the partitioning may change losses
             "model": {"dtype": "float32", "activation_checkpointing": False},
             "cluster": cluster,
             "zero": {
@@ -133,9 +141,14 @@ def _scenario(name: str, description: str, stage: int, num_workers: int | None =
 
 def choose_speed_model(machines: Sequence[NodeDescription], num_workers: int) -> ModelSize:
     """Return the model to time: on GPUs the largest that surely fits the smallest one."""
-    memory = [gpu["memory_gib"] * 2**30 for machine in machines for gpu in machine.get("gpus", ())]
+    memory = []
+    for machine in machines:
+        for gpu in machine.get("gpus", ()):
+            memory.append(gpu["memory_gib"] * 2**30)
     if not memory:
         return CPU_MODEL
+
+    # as if ZeRO-3 partitioned all state; a run with a lower stage may need more
     for size in GPU_MODELS:
         state_bytes = STATE_BYTES_PER_WEIGHT * size.num_parameters / max(1, num_workers)
         if state_bytes + ACTIVATION_BYTES < min(memory):
@@ -146,6 +159,9 @@ def choose_speed_model(machines: Sequence[NodeDescription], num_workers: int) ->
 def speed_scenario(base: RunConfig, folder_url: str, size: ModelSize) -> Scenario:
     """Return the run to time: with the config's own zero section, without checkpoints."""
     micro_batch = MICRO_BATCH if size.dtype == "bfloat16" else 1
+
+    # Two lanes per worker, so that gradient accumulation is measured too. The network was checked
+    # in the run zero-3.
     return Scenario(
         SPEED_RUN,
         f"{size.num_parameters / 1e6:,.0f} million weights, {size.dtype}",
@@ -182,6 +198,8 @@ def check_losses(
         outcomes: outcomes of the runs so far, by name.
         planned: all runs.
     """
+    # Where workers change, the reference is the same run without the change; the others are
+    # compared with one process.
     scenario = next(scenario for scenario in planned if scenario.name == name)
     check = "resume" if name in ("killed", "resized") else "parity"
     reference = "zero-3" if check == "resume" else "plain"
@@ -189,9 +207,15 @@ def check_losses(
         return Finding(check, name, "not run", scenario.description)
 
     losses, expected = outcomes[name].losses, outcomes[reference].losses
+
+    # Another number of workers or ZeRO stage sums gradients in another order, so the last bits may
+    # differ. `find_problems` compares bit by bit; where that is too strict, a run is compared with
+    # itself there, and only the tolerance below applies.
     must_be_bit_equal = name == "killed"
     problems = find_problems(scenario, outcomes[name], expected if must_be_bit_equal else losses)
+
     largest = largest_difference(losses, expected)
+    # `not <=` also reports infinity and NaN
     if not must_be_bit_equal and not problems and not largest <= TOLERANCE:
         problems.append(
             f"losses differ by up to {largest:.2e} from those of {reference}; at most "
@@ -201,12 +225,17 @@ def check_losses(
     comparison = f"differ by at most {largest:.1e}"
     if largest == 0:
         comparison = "equal to the last bit"
+
+    # JSON has no infinity
+    figures = {}
+    if math.isfinite(largest):
+        figures["largest_difference"] = largest
     return Finding(
         check,
         name,
         "FAILED" if problems else "passed",
         f"{scenario.description}: losses {comparison} ({reference})",
-        {"largest_difference": largest} if math.isfinite(largest) else {},
+        figures,
         tuple(problems),
     )
 
@@ -215,6 +244,7 @@ def largest_difference(losses: Sequence[StepLoss], expected: Sequence[StepLoss])
     """Return the largest difference of losses; infinity if steps differ or one is not finite."""
     if not losses or [step for step, _ in losses] != [step for step, _ in expected]:
         return math.inf
+
     largest = 0.0
     for (_, loss), (_, expected_loss) in zip(losses, expected, strict=True):
         if loss is None or expected_loss is None:
@@ -231,6 +261,7 @@ def check_network(network: Mapping[str, Any] | None) -> list[Finding]:
             "end; see its log"
         )
         return [Finding("collective", "all-reduce", "FAILED", problems=(problem,))]
+
     if not network["sums"]:
         return [
             Finding("collective", "all-reduce", "not run", "one worker has no other to reduce with")
@@ -241,6 +272,8 @@ def check_network(network: Mapping[str, Any] | None) -> list[Finding]:
         mib = f"{item['num_bytes'] / 2**20:g}_mib"
         figures[f"{mib}_seconds"] = item["seconds"]
         figures[f"{mib}_mb_s"] = item["mb_s"]
+
+    # the largest message: small ones measure latency
     large = network["sums"][-1]
     result = (
         f"{network['backend']}: exact over {network['world_size']} workers; "
@@ -249,6 +282,7 @@ def check_network(network: Mapping[str, Any] | None) -> list[Finding]:
     )
     findings = [Finding("collective", "all-reduce", "passed", result, figures)]
 
+    # only between nodes, so a single node has none
     if network["links"]:
         speeds = [link["mb_s"] for link in network["links"]]
         findings.append(
@@ -285,12 +319,20 @@ def check_speed(
         )
 
     figures = _speed_figures(steps[len(steps) // 2 :], size, num_workers)
-    gpu_names = [gpu["name"] for machine in machines for gpu in machine.get("gpus", ())]
-    peak = peak_tflops(gpu_names[0]) if gpu_names else None
+    gpu_names = []
+    for machine in machines:
+        for gpu in machine.get("gpus", ()):
+            gpu_names.append(gpu["name"])
+
+    # of the first GPU: with different models, a share of the peak means little anyway
+    peak = None
+    if gpu_names:
+        peak = peak_tflops(gpu_names[0])
     result = (
         f"{scenario.description}: {figures['tokens_per_s']:,.0f} tokens/s, "
         f"{figures['step_s']:.3f} s/step, {figures['tflops_per_worker']:.3g} TFLOP/s per worker"
     )
+
     if peak:
         figures["mfu"] = figures["tflops_per_worker"] / peak
         result += f", MFU {figures['mfu']:.1%}"
@@ -300,9 +342,12 @@ def check_speed(
 def _speed_problems(
     scenario: Scenario, outcome: RunOutcome, steps: Sequence[Mapping[str, Any]]
 ) -> list[str]:
+    # Compared with itself: what remains of `find_problems` are exit code and number of steps.
     losses = tuple(StepLoss(line["step"], line["loss"]) for line in steps)
     outcome = replace(outcome, losses=losses, ledger_problem="", damaged_checkpoints=())
     problems = find_problems(scenario, outcome, losses)
+
+    # Speed of a run that does not train would be worth nothing.
     if not problems:
         first, last = losses[0].loss, losses[-1].loss
         if not (first and last and last < first):
@@ -313,6 +358,7 @@ def _speed_problems(
 def _speed_figures(
     steps: Sequence[Mapping[str, Any]], size: ModelSize, num_workers: int
 ) -> dict[str, float]:
+    # the median, as other users of the machine may disturb single steps
     tokens_per_s = median(line["tokens_per_s"] for line in steps)
     figures = {
         "tokens_per_s": tokens_per_s,
@@ -322,6 +368,7 @@ def _speed_figures(
         "tflops_per_worker": tokens_per_s * size.flops_per_token / num_workers / 1e12,
         "num_parameters": float(size.num_parameters),
     }
+
     memory_gib = max((line.get("gpu_memory_gib") or 0.0 for line in steps), default=0.0)
     if memory_gib:
         figures["gpu_memory_gib"] = memory_gib

@@ -90,14 +90,19 @@ def run(
         ConfigError: `dist-ft check` finds a problem. Raised before anything starts.
         Interrupted: SIGINT.
     """
+    # before the first `Store`: the drill itself writes to the run's storage
     filesystem.configure(config.storage.options)
     parent = Store(config.run.storage)
+
+    # the process id: two drills that start in the same second get two folders
     name = f"drill-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
         findings = _run_all(config, parent.child(name), only, report_line)
     except BaseException as error:
+        # also on Ctrl-C. A folder of a drill that did not run to its end helps nobody.
         if not keep:
             parent.remove(name)
+
         if isinstance(error, KeyboardInterrupt):
             fate = "its folder is kept" if keep else "its folder was removed"
             raise Interrupted(f"the drill was stopped; {fate}") from error
@@ -106,6 +111,7 @@ def run(
     report = Report(config.min_workers, tuple(findings), parent.child(name).redacted_url())
     if keep or not report.passed:
         return report
+
     parent.remove(name)
     return Report(config.min_workers, tuple(findings), "")
 
@@ -116,6 +122,7 @@ def _run_all(
     reference, *others = scenarios(config.min_workers)
     selected = [scenario for scenario in others if not only or scenario.name in only]
 
+    # before the check, which opens model and data
     materials.write_materials(store, num_lanes(config.min_workers))
     problems = check_run.check(scenario_config(config, store.url, reference))
     if problems:
@@ -126,10 +133,13 @@ def _run_all(
     for scenario in (reference, *selected):
         report_line(f"{scenario.name}: {scenario.description} ...")
         outcome = run_scenario(scenario_config(config, store.url, scenario), scenario, store)
+        # the first run is the one without faults
         expected_losses = expected_losses or outcome.losses
+
         finding = _check(scenario, outcome, expected_losses)
         findings.append(finding)
         report_line("  passed" if finding.passed else f"  FAILED: {'; '.join(finding.problems)}")
+
         if not findings[0].passed:
             break  # there is nothing to compare with
     return findings
@@ -154,16 +164,22 @@ def _summarize(scenario: Scenario, outcome: RunOutcome) -> str:
     facts = [f"{len(outcome.losses)} steps"]
     if scenario.failpoint:
         facts.append("losses equal to the last bit")
+
     facts.append("every sample counted once")
 
-    sections = [find_expected_output(scenario, outcome.lines), ", ".join(facts)]
-    sections.append(f"{outcome.num_checkpoints} checkpoints intact")
-    sections.append(f"{outcome.num_attempts} attempt{'s' if outcome.num_attempts != 1 else ''}")
+    plural = "" if outcome.num_attempts == 1 else "s"
+    sections = [
+        find_expected_output(scenario, outcome.lines),
+        ", ".join(facts),
+        f"{outcome.num_checkpoints} checkpoints intact",
+        f"{outcome.num_attempts} attempt{plural}",
+    ]
     return "; ".join(filter(None, sections))
 
 
 def as_json(report: Report) -> str:
     """Return a report as JSON: passed, num_workers, folder_url, and a finding for each scenario."""
+    # `passed` is a property, which asdict does not include
     findings = [{"passed": finding.passed, **asdict(finding)} for finding in report.findings]
     document = {"passed": report.passed, **asdict(report), "findings": findings}
     return json.dumps(document, indent=1) + "\n"
@@ -171,25 +187,22 @@ def as_json(report: Report) -> str:
 
 def describe(report: Report) -> str:
     """Return the table for the terminal, and details of the scenarios that failed."""
-    rows = [
-        (
-            finding.name,
-            "yes" if finding.passed else "NO",
-            _format_times(finding),
-            finding.result or "see below",
-        )
-        for finding in report.findings
-    ]
+    rows = []
+    for finding in report.findings:
+        passed = "yes" if finding.passed else "NO"
+        result = finding.result or "see below"
+        rows.append((finding.name, passed, _format_times(finding), result))
     title = f"drill on {_workers_text(report.num_workers)}"
     lines = [format_table(title, rows, ("scenario", "passed", "time", "result"))]
+
+    # the folder is kept if a scenario failed, so its URL is known here
     for finding in report.findings:
         if not finding.passed:
+            lines.append(f"{finding.name} ({finding.description}) failed:")
+            for problem in finding.problems:
+                lines.append(f"  - {problem}")
             output = f"{report.folder_url}/{finding.name}.log"
-            lines += [
-                f"{finding.name} ({finding.description}) failed:",
-                *(f"  - {problem}" for problem in finding.problems),
-                f"  its output: {output}; its run: {report.folder_url}/{finding.name}",
-            ]
+            lines.append(f"  its output: {output}; its run: {report.folder_url}/{finding.name}")
     if report.folder_url:
         lines.append(f"folder: {report.folder_url}")
     return "\n".join(lines)
@@ -198,7 +211,8 @@ def describe(report: Report) -> str:
 def _workers_text(num_workers: int) -> str:
     if num_workers == 0:
         return "one process"
-    return f"{num_workers} Ray worker{'s' if num_workers > 1 else ''}"
+    plural = "s" if num_workers > 1 else ""
+    return f"{num_workers} Ray worker{plural}"
 
 
 def _format_times(finding: Finding) -> str:
@@ -207,8 +221,14 @@ def _format_times(finding: Finding) -> str:
         "saved_s": "saved after {:.1f} s",
         "resumed_s": "first new step after {:.1f} s",
     }
+
     times = finding.times
-    texts = [text.format(times[name]) for name, text in formats.items() if name in times]
+    texts = []
+    for name, text in formats.items():
+        if name in times:
+            texts.append(text.format(times[name]))
+
+    # the run without faults has only the time of its saves to show
     if not texts and "save_stall_s" in times:
         texts.append(f"a save stops training for {1000 * times['save_stall_s']:.0f} ms")
     return "; ".join(texts)

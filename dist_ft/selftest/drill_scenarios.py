@@ -107,7 +107,8 @@ def scenarios(num_workers: int) -> list[Scenario]:
 
     `num_workers` 0 means one process without Ray.
     """
-    last_rank, is_single = max(num_workers, 1) - 1, num_workers == 0
+    last_rank = max(num_workers, 1) - 1
+    is_single = num_workers == 0
     victim = "the process" if is_single else "the process of the last worker"
 
     # Nobody would notice that a single process is stopped from outside: there, a call does not
@@ -116,6 +117,8 @@ def scenarios(num_workers: int) -> list[Scenario]:
         hang_action, hang_description = "sleep", "a call does not return"
     else:
         hang_action, hang_description = "stop", f"{victim} is stopped (SIGSTOP)"
+
+    # a single process has no spare to wait for, and a failpoint kills by default
     kill_action = "" if is_single else f"!sleep{SPARE_PAUSE_S}+kill"
     return [
         Scenario("reference", "no fault"),
@@ -124,6 +127,7 @@ def scenarios(num_workers: int) -> list[Scenario]:
             f"{victim} is killed (kill -9)",
             f"train.step:{FAULT_STEP}@{last_rank}{kill_action}",
             pause_s=0 if is_single else SPARE_PAUSE_S,
+            # a supervisor restarts a worker, so only a single process ends with the fault
             first_exit_code=-9 if is_single else 0,
             expects_restart=True,
         ),
@@ -174,6 +178,7 @@ def scenario_config(base: RunConfig, folder_url: str, scenario: Scenario) -> Run
             "train": f"{folder_url}/data/*.jsonl",
             "format": "instruction",
             "overlong": "truncate",
+            # blocks of a few rows: even this little data has several, whose order is shuffled
             "block_mib": 0.004,
             "shuffle_blocks": 2,
             "cache_dir": base.data.cache_dir,
@@ -192,8 +197,10 @@ def scenario_config(base: RunConfig, folder_url: str, scenario: Scenario) -> Run
         "log": {"tensorboard": False},
         "storage": base.storage.model_dump(mode="json"),
     }
+
     for section, fields in scenario.overrides.items():
         document[section].update(fields)
+
     return load_config(document)
 
 
@@ -210,6 +217,7 @@ def find_problems(
     expected_codes: tuple[int, ...] = (scenario.first_exit_code,)
     if scenario.first_exit_code != 0:
         expected_codes += (0,)  # of the second command
+
     if None in outcome.exit_codes:
         problems.append("it did not end in time (its output names the limit)")
     elif outcome.exit_codes != expected_codes:
@@ -222,6 +230,7 @@ def find_problems(
 
     if scenario.expects_restart and outcome.num_attempts < 2:
         problems.append("there was no second attempt")
+
     problems += compare_losses(outcome.losses, expected_losses)
     if outcome.ledger_problem:
         problems.append(f"ledger: {outcome.ledger_problem}")
@@ -241,6 +250,8 @@ def find_expected_output(scenario: Scenario, lines: Sequence[TimedLine]) -> str:
 
 def compare_losses(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> list[str]:
     """Return a line for the first loss that differs, or for missing or repeated steps."""
+    # A resumed run repeats steps, but its metrics must hold each of them once: lines of repeated
+    # steps are dropped when it resumes.
     steps = [step for step, _ in losses]
     if steps != list(range(1, NUM_STEPS + 1)):
         last = steps[-1] if steps else "none"
@@ -250,6 +261,7 @@ def compare_losses(losses: Sequence[StepLoss], expected: Sequence[StepLoss]) -> 
         ]
 
     for (step, loss), (_, expected_loss) in zip(losses, expected, strict=True):
+        # To the last bit. A loss that is not finite is None in both runs.
         if loss != expected_loss:
             return [f"step {step}: loss {loss!r}, but {expected_loss!r} in the run without faults"]
     return []
@@ -275,24 +287,33 @@ def measure_times(scenario: Scenario, outcome: RunOutcome) -> dict[str, float]:
     times = {}
     if outcome.save_stall_s is not None:
         times["save_stall_s"] = outcome.save_stall_s
+
     fault_index = fault_line_index(outcome.lines)
     if fault_index is None:
         return times
 
+    # The failpoint logs its line before it pauses, the fault comes after the pause.
     start_s = outcome.lines[fault_index].at_s + scenario.pause_s
     lines_after = outcome.lines[fault_index + 1 :]
+
     if scenario.name == "hang":
         times |= _time_until(scenario.expected_output, "detected_s", start_s, lines_after)
+
     if scenario.send_sigterm:
         times |= _time_until("stopped at step", "saved_s", start_s, lines_after)
+
+        # how long the first command takes to end is not part of the restart
         rerun_times = [line.at_s for line in lines_after if line.text == RERUN_LINE]
-        start_s = rerun_times[0] if rerun_times else start_s
+        if rerun_times:
+            start_s = rerun_times[0]
 
     if scenario.expects_restart:
+        # a step may still be logged after the fault, so the start of the next attempt comes first
         for index, line in enumerate(lines_after):
             if re.search(r"\(attempt \d+\)", line.text):
                 times |= _time_until(r"^step ", "resumed_s", start_s, lines_after[index:])
                 break
+
     return times
 
 

@@ -29,10 +29,12 @@ def _lines(report: Report) -> Iterator[str]:
     yield from ("", "## Settings", "")
     for section in ("cluster", "zero"):
         values = report.settings[section]
-        yield f"- {section}: {', '.join(f'{name}={value}' for name, value in values.items())}"
+        listed = ", ".join(f"{name}={value}" for name, value in values.items())
+        yield f"- {section}: {listed}"
 
     for name, tail in report.log_tails.items():
         yield from ("", f"## Last lines of {name}", "", "```")
+        # a fence in the output would end the block, and the rest would be read as Markdown
         yield from (line.replace("```", "'''") for line in tail)
         yield "```"
 
@@ -43,9 +45,11 @@ def _findings(report: Report) -> Iterator[str]:
     for finding in report.findings:
         result = "; ".join(filter(None, (finding.result, *finding.problems)))
         rows.append((finding.check, finding.name, finding.verdict, result))
-        figures += [(finding.name, name, f"{value:.6g}") for name, value in finding.figures.items()]
+        for name, value in finding.figures.items():
+            figures.append((finding.name, name, f"{value:.6g}"))
 
     yield from _table(("check", "run", "verdict", "result"), rows)
+
     yield from ("", "## Figures", "")
     yield from _table(("run", "figure", "value"), figures)
 
@@ -57,14 +61,15 @@ def _nodes(report: Report) -> Iterator[str]:
     if not report.machines:
         return
 
+    # One table: nodes of a cluster should not differ, and if they do, that is the finding.
     yield from ("", "## Versions", "")
     first = report.machines[0]["versions"]
     yield from _table(("package", "version"), sorted(first.items()))
-    others = [
-        str(number)
-        for number, machine in enumerate(report.machines)
-        if machine["versions"] != first
-    ]
+
+    others = []
+    for number, machine in enumerate(report.machines):
+        if machine["versions"] != first:
+            others.append(str(number))
     if others:
         yield f"\n**Nodes {', '.join(others)} have other versions than node 0.**"
 
@@ -73,14 +78,17 @@ def _describe_machine(machine: NodeDescription) -> str:
     gpus = machine.get("gpus") or ()
     devices = "no GPU used"
     if gpus:
+        # each model once; a node may have several
         models = sorted({f"{gpu['name']}, {gpu['memory_gib']} GiB" for gpu in gpus})
         devices = f"{len(gpus)} x {'; '.join(models)}"
 
-    libraries = ", ".join(
-        f"{name} {machine[name]}" for name in ("cuda", "hip", "nccl", "cudnn") if machine.get(name)
-    )
+    libraries = []
+    for name in ("cuda", "hip", "nccl", "cudnn"):
+        if machine.get(name):
+            libraries.append(f"{name} {machine[name]}")
     if libraries:
-        devices += f" ({libraries})"
+        devices += f" ({', '.join(libraries)})"
+
     return (
         f"{devices}; {machine['cpus_usable']} of {machine['cpus']} cores, "
         f"{machine['memory_gib']} GiB; {machine['os']}, Python {machine['python']}"
@@ -91,5 +99,6 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     yield f"| {' | '.join(headers)} |"
     yield f"|{' --- |' * len(headers)}"
     for row in rows:
+        # a bar or a line break in an error would break the table
         cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
         yield f"| {' | '.join(cells)} |"

@@ -59,12 +59,16 @@ def run_scenario(
     with tempfile.TemporaryDirectory(prefix="dist_ft-rehearsal-") as folder:
         variables = {"DIST_FT_FAILPOINT": scenario.failpoint} if scenario.failpoint else {}
         command = _train_command(config, folder)
+
         exit_codes.append(
             run_command(command, variables, limit_s, started_at, lines, scenario.send_sigterm)
         )
+
+        # run again only what ended as planned: another end is a problem, which a rerun would hide
         if exit_codes[0] == scenario.first_exit_code != 0:
             lines.append(TimedLine(time.monotonic() - started_at, RERUN_LINE))
             command = _train_command(rerun_config or config, folder)
+            # without the failpoint, or the second command would fail at the same step
             exit_codes.append(run_command(command, {}, limit_s, started_at, lines))
 
     text = "".join(f"{line.at_s:8.2f} {redact(line.text)}\n" for line in lines)
@@ -99,28 +103,35 @@ def run_command(
     Returns:
         The exit code, or None if the command had to be killed.
     """
-    own_variables = {
-        key: value for key, value in os.environ.items() if not key.startswith("DIST_FT_FAILPOINT")
-    }
+    environment = {"OMP_NUM_THREADS": "1"}
+    for key, value in os.environ.items():
+        if not key.startswith("DIST_FT_FAILPOINT"):
+            environment[key] = value
+    environment.update(variables)
+
+    # in a session of its own, so that all processes it starts can be killed together
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={"OMP_NUM_THREADS": "1", **own_variables, **variables},
+        env=environment,
         start_new_session=True,
     )
 
     def read_output() -> None:
+        # Ends when the last process that inherited the pipe has closed it.
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(TimedLine(time.monotonic() - started_at, line.rstrip("\n")))
+            # the failpoint pauses the worker, so the signal arrives in the middle of a step
             if send_sigterm and "failpoint " in line:
                 process.terminate()
 
     reader = threading.Thread(target=read_output, name="rehearsal", daemon=True)
     reader.start()
+
     try:
         code: int | None = process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -128,7 +139,10 @@ def run_command(
         text = f"the command did not end within {limit_s:.0f} s and is killed"
         lines.append(TimedLine(time.monotonic() - started_at, text))
     finally:
+        # also on Ctrl-C: an interrupted drill leaves no run behind
         _stop(process)
+
+    # Limited: a process that outlived its command may hold the pipe open.
     reader.join(STOP_S)
     return code
 
@@ -137,9 +151,12 @@ def _stop(process: subprocess.Popen[Any]) -> None:
     """End a command that still runs: first as a person would, then with everything it started."""
     if process.poll() is not None:
         return
+
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOP_S)
+
+    # the whole process group, as Ray and spare processes may not end with the command
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -151,22 +168,24 @@ def _read_outcome(
     """Read the storage of a run that has ended; an unreadable file is part of the outcome."""
     store = Store(url)
     try:
-        losses = tuple(
-            StepLoss(line["step"], line["loss"])
-            for line in read_metrics(store)
-            if line["kind"] == "train"
-        )
+        losses = []
+        for line in read_metrics(store):
+            if line["kind"] == "train":
+                losses.append(StepLoss(line["step"], line["loss"]))
+
+        # every byte: a damaged checkpoint is found though no attempt restored it
         checkpoints = list(catalog.verify(url))
         attempt_times = time_accounting.read_attempt_times(store).attempts
         audit = ledger_audit.audit(url)
     except (DistFtError, KeyError) as error:
+        # a run that ended early may have written nothing
         problem = f"the files of the run cannot be read ({error})"
         return RunOutcome(tuple(exit_codes), tuple(lines), ledger_problem=problem)
 
     return RunOutcome(
         exit_codes=tuple(exit_codes),
         lines=tuple(lines),
-        losses=losses,
+        losses=tuple(losses),
         ledger_problem="" if audit.is_sound else ledger_audit.describe(audit),
         damaged_checkpoints=tuple(f"{name}: {problem}" for name, problem in checkpoints if problem),
         num_checkpoints=len(checkpoints),

@@ -85,12 +85,11 @@ def detect_config(document: Mapping[str, Any], overrides: Sequence[str]) -> RunC
     """Return the config for this machine: a worker per GPU, or two workers on the CPU."""
     import torch
 
+    # half a core each, so that Ray can place two workers on a machine with one
     num_gpus = torch.cuda.device_count()
-    cluster: dict[str, float]
+    cluster: dict[str, float] = {"workers": 2, "cpus_per_worker": 0.5}
     if num_gpus:
         cluster = {"workers": num_gpus, "gpus_per_worker": 1}
-    else:
-        cluster = {"workers": 2, "cpus_per_worker": 0.5}
     return load_config({**document, "cluster": cluster}, overrides)
 
 
@@ -120,21 +119,27 @@ def run(
             ],
             "selftest",
         )
+
     filesystem.configure(config.storage.options)
     parent = Store(config.run.storage)
     name = f"selftest-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     store = parent.child(name)
     selected = tuple(check for check in CHECKS if not only or check in only)
+
     try:
         materials.write_materials(store, num_lanes(config.min_workers))
+
+        # all runs share cluster and storage, so one of them stands for all
         last_run = checks.plan_runs(config.min_workers, selected)[-1]
         problems = check_run.check(scenario_config(config, store.url, last_run))
         if problems:
             raise ConfigError(problems, "selftest")
+
         report = _Selftest(config, store, selected, report_line).run()
     except BaseException as error:
         if not keep:
             parent.remove(name)
+
         if isinstance(error, KeyboardInterrupt):
             fate = "its folder is kept" if keep else "its folder was removed"
             raise Interrupted(f"the self-test was stopped; {fate}") from error
@@ -142,6 +147,7 @@ def run(
 
     if keep or not report.passed:
         return replace(report, folder_url=store.redacted_url())
+
     parent.remove(name)
     return report
 
@@ -171,9 +177,11 @@ class _Selftest:
             self._run_planned(scenario)
 
         network = self._read_network()
+        # The network check describes all nodes. Without it, the cluster is taken for this machine.
         machines: tuple[NodeDescription, ...] = (machine.describe(self._uses_gpus),)
         if network:
             machines = tuple(network["machines"])
+
         findings = self._check_all(planned, network, machines)
         return Report(
             created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -191,6 +199,7 @@ class _Selftest:
     def _run_planned(self, scenario: Scenario) -> None:
         if scenario.name in ("killed", "resized") and self._outcomes["zero-3"].exit_codes != (0,):
             return  # there is nothing to compare with
+
         rerun = None
         if scenario.name == "resized":
             rerun = checks.resized_scenario(scenario, self._num_workers)
@@ -198,15 +207,23 @@ class _Selftest:
 
     def _run(self, scenario: Scenario, rerun: Scenario | None = None) -> RunOutcome:
         self._report_line(f"{scenario.name}: {scenario.description} ...")
-        started_at, url = time.monotonic(), self._store.url
+        started_at = time.monotonic()
+        url = self._store.url
         config = scenario_config(self._config, url, scenario)
-        rerun_config = scenario_config(self._config, url, rerun) if rerun else None
+        rerun_config = None
+        if rerun:
+            rerun_config = scenario_config(self._config, url, rerun)
+
         outcome = run_scenario(config, scenario, self._store, rerun_config)
         self._outcomes[scenario.name] = outcome
 
-        codes = ", ".join("killed" if code is None else str(code) for code in outcome.exit_codes)
+        codes = []
+        for code in outcome.exit_codes:
+            codes.append("killed" if code is None else str(code))
         seconds = time.monotonic() - started_at
-        self._report_line(f"  {len(outcome.losses)} steps, exit code {codes}, {seconds:.0f} s")
+        self._report_line(
+            f"  {len(outcome.losses)} steps, exit code {', '.join(codes)}, {seconds:.0f} s"
+        )
         return outcome
 
     def _read_network(self) -> dict[str, Any] | None:
@@ -217,6 +234,7 @@ class _Selftest:
                 return None
             network: dict[str, Any] = json.loads(store.read(NETWORK_FILE))
         except (ValueError, DistFtError):
+            # a missing or broken file is a finding of `check_network`, not the end of the self-test
             return None
         return network
 
@@ -228,20 +246,27 @@ class _Selftest:
     ) -> list[Finding]:
         findings = []
         for scenario in planned:
+            # zero-3 also runs for other checks, which need it but do not judge it
             is_reference_only = scenario.name == "zero-3" and "parity" not in self._selected
             if scenario.name != "plain" and not is_reference_only:
                 findings.append(checks.check_losses(scenario.name, self._outcomes, planned))
+
         if "collective" in self._selected:
             findings += checks.check_network(network)
         if "throughput" in self._selected:
             findings.append(self._measure_speed(machines))
+
+        # stable: within a check, the order of the runs remains
         return sorted(findings, key=lambda finding: CHECKS.index(finding.check))
 
     def _measure_speed(self, machines: Sequence[NodeDescription]) -> Finding:
+        # This run comes last: the size of its model depends on the GPUs that the runs before found.
         size = checks.choose_speed_model(machines, self._num_workers)
         scenario = checks.speed_scenario(self._config, self._store.url, size)
         materials.write_model(self._store, f"{SPEED_RUN}-model", size)
+
         batch = scenario.overrides["batch"]
+        # four steps' worth; the data is repeated after that
         num_tokens = 4 * batch["global_batch"] * batch["sequence_length"]
         materials.write_texts(self._store, num_tokens)
 
@@ -258,9 +283,11 @@ class _Selftest:
         for finding in findings:
             if finding.verdict == "FAILED":
                 # Findings on the network come from the run zero-3.
-                failed.add(finding.name if finding.name in self._outcomes else "zero-3")
+                run_name = finding.name if finding.name in self._outcomes else "zero-3"
+                failed.add(run_name)
 
         tails = {}
+        # zero-3 may not have run at all
         for name in sorted(failed & self._outcomes.keys()):
             lines = self._outcomes[name].lines[-TAIL_LINES:]
             tails[name] = tuple(redact(line.text) for line in lines)
@@ -282,6 +309,8 @@ def _anonymize(network: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return what the network check found, with nodes by number."""
     if network is None:
         return None
+
+    # a report is pasted into public issues; links name nodes by number already
     slow = list(network["slow"])
     for number, name in enumerate(network["nodes"]):
         slow = [line.replace(name, str(number)) for line in slow]
@@ -297,15 +326,18 @@ def as_json(report: Report) -> str:
 
 def describe(report: Report) -> str:
     """Return the table for the terminal, and the problems of failed checks."""
-    rows = [
-        (finding.name, finding.verdict, finding.result or "; ".join(finding.problems))
-        for finding in report.findings
-    ]
+    rows = []
+    for finding in report.findings:
+        result = finding.result or "; ".join(finding.problems)
+        rows.append((finding.name, finding.verdict, result))
+
     plural = "s" if report.num_workers > 1 else ""
     title = f"selftest on {report.num_workers} Ray worker{plural} ({report.device})"
     lines = [format_table(title, rows, ("check", "verdict", "result"))]
+
     for finding in report.findings:
         lines += [f"{finding.name} FAILED: {problem}" for problem in finding.problems]
+
     if report.folder_url:
         lines.append(f"folder: {report.folder_url}")
     return "\n".join(lines)

@@ -36,10 +36,8 @@ _OTHER_REGION = (
     "PermanentRedirect",
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
-    "301",
+    "301",  # the response to a HEAD request has no body, so its status replaces the code
 )
-
-
 _NO_CREDENTIALS = "locate credentials"
 
 
@@ -47,24 +45,31 @@ def is_transient(error: BaseException) -> bool:
     """Whether a retry could help: network and server errors, not a missing file or a full disk."""
     if isinstance(error, _FINAL) or not isinstance(error, Exception):
         return False
+
+    # Other errors count as transient unless their text or code says more: a needless retry costs
+    # seconds, a run that ends early costs hours.
     if _NO_CREDENTIALS in str(error):
         return False
     if s3_code(error) in (*_OTHER_REGION, *_CLOCK_SKEW, *_STORE_FULL):
         return False
+
     return not (isinstance(error, OSError) and error.errno in _FINAL_CODES)
 
 
 def s3_code(error: BaseException) -> str | None:
     """Return the code in an S3 server's response; it is more specific than the error's text."""
+    # s3fs raises botocore's error as the cause of a Python error such as PermissionError.
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict) and "Error" in response:
             return str(response["Error"].get("Code"))
+
     return None
 
 
 def explain(error: Exception, attempts: int) -> str:
     """Return in one or two sentences what to do about `error` after this number of attempts."""
+    # Codes come first: s3fs turns some of them into a PermissionError, whose advice would mislead.
     code = s3_code(error)
     if code in _OTHER_REGION:
         return (
@@ -85,9 +90,11 @@ def explain(error: Exception, attempts: int) -> str:
         return "Check the endpoint (storage.options, proxies, firewalls), or try again later."
     if isinstance(error, FileNotFoundError):
         return "This file or bucket does not exist. Check the URL."
+
     number = getattr(error, "errno", None)
     if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EROFS):
         return "Access is denied. Check credentials (in the environment) and permissions."
+
     if isinstance(error, ImportError):
         return "Its fsspec package is not installed. Install the extra for it, such as dist-ft[s3]."
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -96,7 +103,8 @@ def explain(error: Exception, attempts: int) -> str:
         return "No credentials were found. Set them in the environment."
     if not is_transient(error):
         return "A retry would not help. Check the URL and storage.options."
-    return (
-        f"Gave up after {attempts} attempt{'s' if attempts > 1 else ''}. Check that the endpoint "
-        "answers."
-    )
+
+    noun = "attempts"
+    if attempts <= 1:
+        noun = "attempt"
+    return f"Gave up after {attempts} {noun}. Check that the endpoint answers."

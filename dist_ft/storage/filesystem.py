@@ -77,6 +77,8 @@ def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
 
     for protocol, values in options.items():
         fsspec.config.conf.setdefault(protocol, {}).update(values)
+
+    # Filesystems that exist already would keep the old options.
     forget()
 
 
@@ -90,7 +92,10 @@ def warm(url: str) -> None:
     """Import the packages that this URL needs; nothing is contacted."""
     import fsspec
 
-    fsspec.get_filesystem_class("file" if is_local(url) else url.split("://", 1)[0])
+    protocol = "file"
+    if not is_local(url):
+        protocol = url.split("://", 1)[0]
+    fsspec.get_filesystem_class(protocol)
 
 
 def is_local(url: str) -> bool:
@@ -100,7 +105,10 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> str:
     """Return the path of a local `url`; `~` is the home folder."""
-    return os.path.expanduser(url.split("://", 1)[1] if "://" in url else url)
+    path = url
+    if "://" in url:
+        path = url.split("://", 1)[1]
+    return os.path.expanduser(path)
 
 
 class Store:
@@ -111,7 +119,11 @@ class Store:
 
     def __init__(self, url: str) -> None:
         """Assign only: nothing is contacted before the first call."""
-        self.url = os.path.abspath(local_path(url)) if is_local(url) else url.rstrip("/")
+        if is_local(url):
+            # Absolute, so that the store stays the same if the process changes its folder.
+            self.url = os.path.abspath(local_path(url))
+        else:
+            self.url = url.rstrip("/")
 
     def __repr__(self) -> str:
         return f"Store({redact(self.url)!r})"
@@ -130,13 +142,12 @@ class Store:
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or all; fewer bytes are an error."""
-        return self._call(
-            "read",
-            path,
-            lambda fs, full: _require_complete(
-                fs.cat_file(full, start=start, end=stop), start, stop
-            ),
-        )
+
+        def fetch(fs: Any, full: str) -> bytes:
+            # Checked within the call, so that an incomplete answer is retried.
+            return _require_complete(fs.cat_file(full, start=start, end=stop), start, stop)
+
+        return self._call("read", path, fetch)
 
     def read_into(self, path: str, start: int, memory: memoryview) -> memoryview:
         """Return as many bytes of a file, from `start` on, as `memory` holds.
@@ -145,32 +156,37 @@ class Store:
         """
         stop = start + len(memory)
         if not is_local(self.url):
+            # fsspec has no way to read into existing memory; copying the bytes would gain nothing.
             return memoryview(self.read(path, start, stop))
-        return self._call(
-            "read",
-            path,
-            lambda fs, full: _require_complete(
-                local_files.read_into(full, start, memory), start, stop
-            ),
-        )
+
+        def fetch(fs: Any, full: str) -> memoryview:
+            return _require_complete(local_files.read_into(full, start, memory), start, stop)
+
+        return self._call("read", path, fetch)
 
     def write(self, path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
         """Write a file atomically, from bytes or parts of them; a local file is synced."""
         if is_local(self.url):
             return self._call("write", path, lambda fs, full: local_files.write_file(full, content))
+
+        # One PUT request is atomic by itself, but needs the content in one piece.
         data = bytes(content) if isinstance(content, bytes | memoryview) else b"".join(content)
         return self._call("write", path, lambda fs, full: fs.pipe_file(full, data))
 
     def create(self, path: str, content: bytes) -> bool:
         """Write a file only if it does not exist; return whether this call created it."""
-        try:
+
+        def create(fs: Any, full: str) -> None:
             if is_local(self.url):
-                self._call("write", path, lambda fs, full: local_files.create_file(full, content))
+                local_files.create_file(full, content)
             else:
-                self._call(
-                    "write", path, lambda fs, full: fs.pipe_file(full, content, mode="create")
-                )
+                fs.pipe_file(full, content, mode="create")
+
+        try:
+            self._call("write", path, create)
         except StorageError as error:
+            # Also the result if the answer to a first request was lost: its retry finds the file.
+            # So False does not prove that another process was first.
             if isinstance(error.__cause__, FileExistsError):
                 return False
             raise
@@ -191,9 +207,11 @@ class Store:
                     f"{self.redacted_url(name)}: the name leaves the folder that files are copied "
                     "to. Allowed: plain relative names. Remove that file."
                 )
+
             target = os.path.join(folder, name)
             os.makedirs(os.path.dirname(target), exist_ok=True)
             self._get(name, target)
+
         return names
 
     def _get(self, path: str, local: str) -> None:
@@ -201,15 +219,11 @@ class Store:
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return {path relative to the folder: bytes} of all files below a folder; one listing."""
-        return self._call("list", path, lambda fs, full: _sizes(fs, full))
+        return self._call("list", path, _sizes)
 
     def file_infos(self, path: str = "") -> dict[str, FileInfo]:
         """Return {path relative to the folder: info} of all files below a folder; one listing."""
-        return self._call(
-            "list",
-            path,
-            lambda fs, full: {name: _file_info(info) for name, info in _below(fs, full).items()},
-        )
+        return self._call("list", path, _file_infos)
 
     def exists(self, path: str = "") -> bool:
         """Whether a file or folder exists."""
@@ -217,7 +231,10 @@ class Store:
 
     def walk(self, path: str = "") -> list[str]:
         """Return the sorted paths of all files below a folder, relative to this store."""
-        return sorted(posixpath.join(path, name) if path else name for name in self.sizes(path))
+        names = list(self.sizes(path))
+        if path:
+            names = [posixpath.join(path, name) for name in names]
+        return sorted(names)
 
     def list(self, path: str = "") -> list[str]:
         """Return the sorted names in a folder; an absent folder has none."""
@@ -235,20 +252,30 @@ def _require_complete(content: Any, start: int | None, stop: int | None) -> Any:
     """Return `content`; raise OSError if it is shorter than the bytes [start, stop) of a file."""
     if stop is None:
         return content
+
     start = start or 0
     if len(content) != stop - start:
+        # OSError is retried: a connection that breaks may look like the end of the body.
         raise OSError(f"got {len(content)} of {stop - start} bytes from offset {start}")
     return content
 
 
 def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
     """Return `action(filesystem, path)` of `url`, with retries; raises StorageError."""
+
+    def connect_and_act() -> Any:
+        # Connecting is part of the attempt: it may need the network, and then fails as well.
+        return action(*filesystem(url))
+
     try:
-        return with_retries(url, lambda: action(*filesystem(url)), can_hang=not is_local(url))
+        return with_retries(url, connect_and_act, can_hang=not is_local(url))
     except Exception as error:
-        cause = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        cause = type(error).__name__
+        if str(error):
+            cause += f": {error}"
         if s3_code(error):
             cause += f"; S3 code {s3_code(error)}"
+
         advice = explain(error, max_attempts())
         raise StorageError(redact(f"{url}: cannot {verb} it ({cause}). {advice}")) from error
 
@@ -261,14 +288,19 @@ def filesystem(url: str) -> FilesystemPath:
     """
     from fsspec.core import url_to_fs
 
-    if is_local(url) or "::" in url:
-        return FilesystemPath(*url_to_fs(local_path(url) if is_local(url) else url))
+    if is_local(url):
+        return FilesystemPath(*url_to_fs(local_path(url)))
+    if "::" in url:
+        # A chain such as zip://a::s3://bucket/b: its filesystem depends on the whole URL.
+        return FilesystemPath(*url_to_fs(url))
 
+    # By process: fsspec's asynchronous filesystems raise an error if they are used after a fork.
     key = os.getpid(), "/".join(url.split("/")[:3])
     with _lock:
         fs = _filesystems.get(key)
         if fs is None:
             fs = _filesystems[key] = _connect(url)
+
     return FilesystemPath(fs, fs._strip_protocol(url))
 
 
@@ -278,12 +310,17 @@ def _connect(url: str) -> Any:
 
     protocol = url.split("://", 1)[0]
     configured = fsspec.config.conf.get(protocol, {})
+
+    # Arguments replace fsspec's configuration, and the user's settings must win.
     defaults = {
         name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in configured
     }
+
+    # Other workers and attempts write to the same folders: a cached listing would hide their files.
     fs, _ = url_to_fs(url, use_listings_cache=False, **defaults)
     if protocol in ("s3", "s3a"):
-        fs.retries = 1  # see _DEFAULTS
+        # s3fs has a loop of retries around the client's own; see _DEFAULTS.
+        fs.retries = 1
     return fs
 
 
@@ -299,7 +336,9 @@ def glob(url: str) -> dict[str, FileInfo]:
     def find(fs: Any, path: str) -> dict[str, FileInfo]:
         infos: dict[str, FileInfo] = {}
         for name, info in listing.matching(fs, path).items():
-            file_url = name if is_local(url) else fs.unstrip_protocol(name)
+            file_url = name
+            if not is_local(url):
+                file_url = fs.unstrip_protocol(name)
             infos[file_url] = _file_info(info)
         return infos
 
@@ -313,8 +352,9 @@ def stat(url: str) -> FileInfo:
 
 def _file_info(info: Mapping[str, Any]) -> FileInfo:
     version = next((info[field] for field in _VERSION_FIELDS if info.get(field)), None)
+    # Of one store, some calls give the time as a number and others as a datetime.
     if isinstance(version, datetime):
-        version = version.timestamp()  # some listings give it as a number
+        version = version.timestamp()
     return {"size": int(info["size"] or 0), "version": str(version)}
 
 
@@ -333,16 +373,22 @@ def _sizes(fs: Any, path: str) -> dict[str, int]:
     return {name: int(info["size"] or 0) for name, info in _below(fs, path).items()}
 
 
+def _file_infos(fs: Any, path: str) -> dict[str, FileInfo]:
+    return {name: _file_info(info) for name, info in _below(fs, path).items()}
+
+
 def _below(fs: Any, path: str) -> listing.Infos:
     """Return the files below a folder, by path relative to it."""
     root = path.rstrip("/") + "/"
-    return {
-        name[len(root) :]: info
-        for name, info in listing.below(fs, path).items()
-        if name.startswith(root)
-    }
+    infos: listing.Infos = {}
+    for name, info in listing.below(fs, path).items():
+        # If `path` is a file, the listing is that file, which is not below anything.
+        if name.startswith(root):
+            infos[name[len(root) :]] = info
+    return infos
 
 
 def _remove(fs: Any, path: str) -> None:
+    # Most filesystems raise an error for an absent path, which here is a success.
     if listing.exists(fs, path):
         fs.rm(path, recursive=True)

@@ -30,7 +30,8 @@ def exists(fs: Any, path: str) -> bool:
 
 def names(fs: Any, path: str) -> list[str]:
     """Return the sorted names in a folder."""
-    return sorted(posixpath.basename(name) for name in _visible(_entries(fs, path)))
+    paths = _visible(_entries(fs, path))
+    return sorted(posixpath.basename(name) for name in paths)
 
 
 def below(fs: Any, path: str) -> Infos:
@@ -42,11 +43,13 @@ def below(fs: Any, path: str) -> Infos:
             infos = _walk(fs, path, fs.info(path))
     except FileNotFoundError:
         return {}
+
     return {name: infos[name] for name in _visible(infos)}
 
 
 def _lists_recursively(fs: Any) -> bool:
     """Whether the store lists recursively by itself; fsspec's fallback skips folders that fail."""
+    # Filesystems with a recursive listing of their own override fsspec's generic `_find`.
     method = getattr(type(fs), "_find", None)
     return method is not None and method.__module__ != "fsspec.asyn"
 
@@ -54,6 +57,7 @@ def _lists_recursively(fs: Any) -> bool:
 def _walk(fs: Any, path: str, info: dict[str, Any]) -> Infos:
     if info["type"] != "directory":
         return {path: info}
+
     infos: Infos = {}
     for entry, entry_info in _entries(fs, path).items():
         infos |= _walk(fs, entry, entry_info)
@@ -65,6 +69,8 @@ def matching(fs: Any, path: str) -> Infos:
     matches: Infos = {}
     if is_pattern(path):
         matches = _files(_match_pattern(fs, path))
+
+    # A name may have wildcard characters itself, such as part[1].jsonl.
     return matches or _files(below(fs, path))
 
 
@@ -79,19 +85,25 @@ def _match_pattern(fs: Any, path: str) -> Infos:
     Lists the folder before the first wildcard, then each folder that a later component matches.
     """
     components = path.rstrip("/").split("/")
-    first = next(i for i, component in enumerate(components) if is_pattern(component))
+    first = 0
+    while not is_pattern(components[first]):
+        first += 1
     root = "/".join(components[:first])
+
     if "**" in path:
+        # Any depth may match, so one recursive listing costs least.
         return {name: info for name, info in below(fs, root).items() if _matches(name, path)}
 
     infos: Infos = {root: {"type": "directory"}}
     for component in components[first:]:
+        # Files matched so far cannot match a longer path.
         folders = [name for name, info in infos.items() if info["type"] == "directory"]
         infos = {}
         for folder in folders:
             for name, info in _entries(fs, folder).items():
                 if fnmatchcase(posixpath.basename(name), component):
                     infos[name] = info
+
     return infos
 
 
@@ -103,13 +115,18 @@ def _matches(name: str, pattern: str) -> bool:
 def _components_match(components: list[str], patterns: list[str]) -> bool:
     if not patterns:
         return not components
+
     if patterns[0] == "**":
+        # At the end of a pattern it stands for any file, so one component must be left for "*".
         remaining = patterns[1:] or ["*"]
-        return any(
-            _components_match(components[skipped:], remaining) for skipped in range(len(components))
-        )
+        for num_skipped in range(len(components)):
+            if _components_match(components[num_skipped:], remaining):
+                return True
+        return False
+
     if not components or not fnmatchcase(components[0], patterns[0]):
         return False
+
     return _components_match(components[1:], patterns[1:])
 
 
@@ -119,14 +136,23 @@ def _entries(fs: Any, folder: str) -> Infos:
         entries = fs.ls(folder or "/", detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    infos = {info["name"].rstrip("/"): info for info in entries}
-    return {name: info for name, info in infos.items() if name != folder.rstrip("/")}
+
+    infos: Infos = {}
+    for info in entries:
+        name = info["name"].rstrip("/")
+        # The listing of a file is the file itself, and object stores may list the empty object that
+        # marks a folder.
+        if name != folder.rstrip("/"):
+            infos[name] = info
+    return infos
 
 
 def _files(infos: Infos) -> Infos:
-    return {
-        name: infos[name] for name in sorted(_visible(infos)) if infos[name]["type"] != "directory"
-    }
+    files: Infos = {}
+    for name in sorted(_visible(infos)):
+        if infos[name]["type"] != "directory":
+            files[name] = infos[name]
+    return files
 
 
 def _visible(paths: Iterable[str]) -> list[str]:

@@ -20,6 +20,8 @@ def write_file(path: str, content: bytes | memoryview | Sequence[memoryview]) ->
 
 def read_into(path: str, start: int, memory: memoryview) -> memoryview:
     """Fill `memory` with the bytes of a file from `start` on; return the part that was filled."""
+    # Unbuffered, since a buffer would copy every byte once more. One call may read less than fits
+    # (Linux: at most 2 GiB), so read until nothing comes.
     num_read = 0
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -37,6 +39,7 @@ def create_file(path: str, content: bytes) -> None:
     try:
         _write_then(os.link, path, content)
     except OSError as error:
+        # FileExistsError passes through too: it is the result that callers look for.
         if error.errno not in _NO_HARD_LINKS:
             raise
         _create_exclusively(path, content)
@@ -48,13 +51,17 @@ def _create_exclusively(path: str, content: bytes) -> None:
         try:
             _write_and_sync(file, content)
         except BaseException:
+            # Otherwise nobody could create the file again, and readers would find part of it.
             os.remove(path)
             raise
 
 
 def _write_and_sync(file: BinaryIO, content: bytes | memoryview | Sequence[memoryview]) -> None:
-    for part in [content] if isinstance(content, bytes | memoryview) else content:
+    parts = [content] if isinstance(content, bytes | memoryview) else content
+    for part in parts:
         file.write(part)
+
+    # fsync writes what the kernel has, so Python's own buffer goes to the kernel first.
     file.flush()
     os.fsync(file.fileno())
 
@@ -67,15 +74,20 @@ def _write_then(
     """Write a hidden file next to `path` and sync it; `publish(hidden, path)`; sync the folder."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
+    # A unique name: processes of an old and a new attempt may write the same path at the same time.
     temporary = os.path.join(folder, f"{HIDDEN}{name}-{uuid4().hex[:8]}")
     try:
+        # Synced before it is published: after a power loss some file systems have the new name but
+        # not yet the bytes.
         with open(temporary, "xb") as file:
             _write_and_sync(file, content)
         publish(temporary, path)
     finally:
+        # A rename moved it, a hard link or an error left it.
         if os.path.exists(temporary):
             os.remove(temporary)
 
+    # The new name is part of the folder, which has to be synced for itself.
     folder_descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_descriptor)

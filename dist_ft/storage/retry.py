@@ -58,6 +58,8 @@ class _RetryLimit:
     silent_hosts: set[str] = field(default_factory=set)
 
 
+# Per context, not global: the time ledger gives up at once while a save in another thread of the
+# process retries for minutes.
 _limit: ContextVar[_RetryLimit | None] = ContextVar("retry_limit", default=None)
 
 
@@ -72,6 +74,7 @@ def retry_limit(max_attempts: int, timeout_s: float | None = None) -> Iterator[N
     Use few attempts where a user waits, as in `dist-ft check`, and CRITICAL_ATTEMPTS for data that
     would be lost.
     """
+    # A new set of silent hosts each time: a host may have recovered since the last one.
     token = _limit.set(_RetryLimit(max_attempts, timeout_s))
     try:
         yield
@@ -93,7 +96,11 @@ def with_retries(url: str, call: Callable[[], T], can_hang: bool = True) -> T:
     """
     for attempt in _retrying(url):
         with attempt:
-            return _with_timeout(url, call) if can_hang else call()
+            if not can_hang:
+                return call()
+            return _with_timeout(url, call)
+
+    # The type checker does not know that tenacity's loop ends with a return or an error.
     raise AssertionError("tenacity raises the last error")
 
 
@@ -101,7 +108,11 @@ def _retrying(url: str) -> Retrying:
     def log_failure(state: RetryCallState) -> None:
         if state.attempt_number < FIRST_LOGGED_ATTEMPT:
             return
-        error = state.outcome.exception() if state.outcome else None
+
+        error: BaseException | None = None
+        if state.outcome is not None:
+            error = state.outcome.exception()
+        # The type only: the text may be long, and it is in the final error.
         log.warning(
             "%s: attempt %d failed (%s), retrying",
             redact(url),
@@ -109,6 +120,8 @@ def _retrying(url: str) -> Retrying:
             type(error).__name__,
         )
 
+    # Each wait is drawn from 0 to a limit that grows: ranks that failed together in an outage must
+    # not all return at the same moment.
     return Retrying(
         stop=stop_after_attempt(max_attempts()) | stop_after_delay(DEADLINE_S),
         wait=wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S),
@@ -124,6 +137,7 @@ def _with_timeout(url: str, call: Callable[[], T]) -> T:
     if limit.timeout_s is None:
         return call()
 
+    # protocol://host or protocol://bucket
     host = "/".join(url.split("/")[:3])
     if host in limit.silent_hosts:
         raise NoAnswerError(f"{redact(host)} did not answer before")
@@ -134,10 +148,14 @@ def _with_timeout(url: str, call: Callable[[], T]) -> T:
         try:
             answer.set_result(call())
         except BaseException as error:
+            # Any error at all, or the caller would wait for the whole timeout.
             answer.set_exception(error)
 
+    # A thread of its own rather than one of a pool: calls that never return would fill the pool. A
+    # daemon does not keep the process from ending.
     threading.Thread(target=run_call, name="dist_ft-storage-call", daemon=True).start()
     if not wait([answer], limit.timeout_s).done:
         limit.silent_hosts.add(host)
         raise NoAnswerError(f"no answer within {limit.timeout_s:g} s")
+
     return answer.result()

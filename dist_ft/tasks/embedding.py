@@ -48,7 +48,7 @@ class Embedding(Task):
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
         """Return two texts that belong together."""
-        columns = self.section.columns
+        columns = self.columns
         text = task_rows.read_text(row, columns.text, "text", location)
         positive = task_rows.read_text(row, columns.pair or "positive", "pair", location)
         return Sample(text, positive)
@@ -78,7 +78,7 @@ class Embedding(Task):
     def predict(self, model: ModelRunner, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
         from dist_ft.model.task_models import pool_hidden_states
 
-        texts = [read_inference_text(row, self.section.columns.text) for row in rows]
+        texts = [read_inference_text(row, self.columns.text) for row in rows]
         encoded = model.encode(texts)
         outputs = model.forward(encoded)
         hidden = model.without_virtual(outputs.last_hidden_state).float().cpu()  # (B, T, H)

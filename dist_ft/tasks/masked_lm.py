@@ -37,7 +37,7 @@ class MaskedLM(TokenTask):
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
-        return Sample(task_rows.read_text(row, self.section.columns.text, "text", location))
+        return Sample(task_rows.read_text(row, self.columns.text, "text", location))
 
     @override
     def set_truncation(self, backend: Any, encoder: RowEncoder) -> None:

@@ -52,7 +52,7 @@ class MultiLabel(Task):
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
-        columns = self.section.columns
+        columns = self.columns
         value = task_rows.get_value(row, columns.label, "label", location)
         names = task_rows.require_list(value, columns.label, "labels", location)
         texts = task_rows.read_texts(row, columns, location)
@@ -63,7 +63,7 @@ class MultiLabel(Task):
 
     @override
     def read_label_names(self, row: Row, location: RowLocation) -> list[str]:
-        column = self.section.columns.label
+        column = self.columns.label
         value = task_rows.get_value(row, column, "label", location)
         names = task_rows.require_list(value, column, "labels", location)
         return [str(name) for name in names if name is not None]
@@ -154,6 +154,6 @@ class MultiLabel(Task):
 
     @override
     def predict(self, model: ModelRunner, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-        for row in model.logits(*read_inference_texts(rows, self.section.columns)):
+        for row in model.logits(*read_inference_texts(rows, self.columns)):
             chosen = np.flatnonzero(row > 0)
             yield {"label": [self.labels[number] for number in chosen]}

@@ -82,7 +82,7 @@ class QuestionAnswering(Task):
             )
 
     @override
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Mapping[str, str | int]:
         return {"labels": "spans"}
 
     @override
@@ -91,7 +91,7 @@ class QuestionAnswering(Task):
 
         The answer is None where the row has none.
         """
-        columns = self.section.columns
+        columns = self.columns
         question = task_rows.read_text(row, columns.question, "question", location)
         context = task_rows.read_text(row, columns.context, "context", location)
         answers = task_rows.get_value(row, columns.answers, "answers", location)
@@ -128,7 +128,7 @@ class QuestionAnswering(Task):
     @override
     def text_columns(self) -> tuple[str, ...]:
         """Return the question only: the context must still contain the answer."""
-        return (self.section.columns.question,)
+        return (self.columns.question,)
 
     @override
     def set_truncation(self, backend: Any, encoder: RowEncoder) -> None:

@@ -49,7 +49,7 @@ class Regression(Task):
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
-        columns = self.section.columns
+        columns = self.columns
         value = task_rows.get_value(row, columns.label, "label", location)
         try:
             number = float(value)
@@ -108,6 +108,6 @@ class Regression(Task):
 
     @override
     def predict(self, model: ModelRunner, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-        logits = model.logits(*read_inference_texts(rows, self.section.columns))
+        logits = model.logits(*read_inference_texts(rows, self.columns))
         for value in logits[:, 0].tolist():
             yield {"label": value}

@@ -55,14 +55,14 @@ class Seq2Seq(TokenTask):
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
-        columns = self.section.columns
+        columns = self.columns
         source = task_rows.read_text(row, columns.source, "source", location)
         target = task_rows.read_text(row, columns.target, "target", location)
         return Sample(source, target)
 
     @override
     def text_columns(self) -> tuple[str, ...]:
-        return (self.section.columns.source,)
+        return (self.columns.source,)
 
     @override
     def set_truncation(self, backend: Any, encoder: RowEncoder) -> None:

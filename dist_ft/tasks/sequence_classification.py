@@ -46,12 +46,11 @@ class SequenceClassification(Task):
     virtual_token_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     ability = TaskAbility("classify texts")
-    problem_type = "single_label_classification"
     describes_errors = True
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
-        columns = self.section.columns
+        columns = self.columns
         value = task_rows.get_value(row, columns.label, "label", location)
         texts = task_rows.read_texts(row, columns, location)
         label = task_rows.get_label_id(value, self.label_ids, columns.label, location)
@@ -97,7 +96,7 @@ class SequenceClassification(Task):
 
     @override
     def predict(self, model: ModelRunner, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-        scores = model.label_scores(*read_inference_texts(rows, self.section.columns))
+        scores = model.label_scores(*read_inference_texts(rows, self.columns))
         for row in softmax(scores):
             label = self.labels[int(row.argmax())]
             yield {"label": label, "score": round(float(row.max()), 6)}

@@ -69,7 +69,7 @@ class TokenClassification(Task):
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:
         """Return the words of a row and the number of each word's tag."""
-        columns = self.section.columns
+        columns = self.columns
         words = self._read_list(row, columns.tokens, "tokens", "words", location)
         values = self._read_list(row, columns.tags, "tags", "tags", location)
         if not words:
@@ -106,14 +106,14 @@ class TokenClassification(Task):
 
     @override
     def read_label_names(self, row: Row, location: RowLocation) -> list[str]:
-        column = self.section.columns.tags
+        column = self.columns.tags
         value = task_rows.get_value(row, column, "tags", location)
         tags = task_rows.require_list(value, column, "labels", location)
         return [str(tag) for tag in tags if tag is not None]
 
     @override
     def text_columns(self) -> tuple[str, ...]:
-        return (self.section.columns.tokens,)
+        return (self.columns.tokens,)
 
     @override
     def tokenize(self, samples: Sequence[Sample], backend: Any, encoder: RowEncoder) -> list[Any]:

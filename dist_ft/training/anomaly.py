@@ -5,6 +5,8 @@ the median of the steps before. The step number and the samples of the step are 
 at once, and every later attempt skips the step too: a replay gives the same history, even where the
 cause was a bit that flipped once. The losses and norms of the steps before are saved in each
 checkpoint. Pure, but for these records.
+
+Dimensions: N samples of a step.
 """
 
 from __future__ import annotations
@@ -61,17 +63,24 @@ class AnomalyDetector:
 
         Empty if no check uses them.
         """
+        # Each checkpoint stores the history, so one that no check reads is left out.
         is_used = self._section.loss_factor or self._section.grad_norm_factor
-        return tuple(self._history) if is_used else ()
+        if not is_used:
+            return ()
+        return tuple(self._history)
 
     def check_loss(self, step: int, loss: float) -> str:
         """Return what is wrong with the loss of `step` (from 0); "" if nothing."""
+        # Before the loss is looked at: a bit that flipped once is right in a replay, which must
+        # skip the step all the same.
         if step in self.skipped_steps:
             return "an earlier attempt skipped it"
 
+        # Infinity is not above the limit of infinity, hence both conditions.
         limit = self._limit(0, self._section.loss_factor)
         if math.isfinite(loss) and loss <= limit:
             return ""
+
         return f"its loss is {loss:g}{_exceeds(loss, limit)}"
 
     def grad_norm_limit(self) -> float:
@@ -83,6 +92,7 @@ class AnomalyDetector:
         limit = self.grad_norm_limit()
         if math.isfinite(norm) and norm <= limit:
             return ""
+
         return f"its gradient norm is {norm:g}{_exceeds(norm, limit)}"
 
     def record(self, loss: float, norm: float) -> None:
@@ -95,8 +105,10 @@ class AnomalyDetector:
 
         Infinity until the window is full.
         """
+        # A median of only a few steps would be a poor estimate of what is usual.
         if not factor or len(self._history) < self._section.window:
             return math.inf
+
         return factor * median(values[column] for values in self._history)
 
 
@@ -104,11 +116,12 @@ def stop_error(
     section: AnomalySection, step: int, reason: str, samples: np.ndarray
 ) -> AnomalyError:
     """Return the error that ends a run at `step` (from 0); `samples`: sorted ids (N,)."""
+    # Under skip and rollback, it is the number of anomalies in a row that ends the run.
     consecutive = ""
     if section.action != "stop":
         consecutive = f", and so had more than {section.max_consecutive} steps in a row"
 
-    first_samples = ", ".join(str(sample) for sample in samples[:NUM_SAMPLES_SHOWN].tolist())
+    first_samples = ", ".join(map(str, samples[:NUM_SAMPLES_SHOWN].tolist()))
     return AnomalyError(
         f"anomaly.action={section.action}: step {step + 1} has an anomaly{consecutive}: {reason}; "
         f"the ids of its {len(samples)} samples start with {first_samples}; committed checkpoints "
@@ -118,7 +131,10 @@ def stop_error(
 
 
 def _exceeds(value: float, limit: float) -> str:
-    return f", above the limit of {limit:g}" if math.isfinite(value) else ""
+    # NaN and infinity are anomalies whatever the limit is.
+    if not math.isfinite(value):
+        return ""
+    return f", above the limit of {limit:g}"
 
 
 def write_skipped_steps(
@@ -132,6 +148,7 @@ def write_skipped_steps(
         StorageError: a record was not written. Without it a replay might differ, so a step is
             skipped only once its record is stored.
     """
+    # A file for each step, because object stores cannot append.
     for step in steps:
         record = {"step": step, "reason": reason, "samples": samples.tolist()}
         store.write(f"{FOLDER}/step-{step:09d}.json", json.dumps(record).encode())
@@ -143,14 +160,16 @@ def read_skipped_steps(store: Store) -> list[int]:
     Raises:
         StorageError: the folder holds a file with another name.
     """
+    # The name alone says which step it is, so that a start reads no file.
+    steps = []
     try:
-        return [
-            int(name.removeprefix("step-").removesuffix(".json"))
-            for name in store.list(FOLDER)
-            if name.startswith("step-") and name.endswith(".json")
-        ]
+        for name in store.list(FOLDER):
+            if name.startswith("step-") and name.endswith(".json"):
+                steps.append(int(name.removeprefix("step-").removesuffix(".json")))
     except ValueError as error:
         raise StorageError(
             f"{store.redacted_url(FOLDER)}: contains a file that is not the record of a skipped "
             f"step ({error}). Allowed: files named step-NNNNNNNNN.json. Move the file away."
         ) from error
+
+    return steps

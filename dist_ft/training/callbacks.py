@@ -69,6 +69,7 @@ class CallbackList(Callback):
         Raises:
             ConfigError: an item is not an instance of `Callback`.
         """
+        # Checked at the start: a class passed by mistake would fail at its first event only.
         for callback in callbacks:
             if not isinstance(callback, Callback):
                 raise ConfigError(

@@ -45,8 +45,11 @@ class AutoInterval:
         """Return whether to save now."""
         failures_s = mean_time_between_failures_s(self._expected_s, trained_s, self._num_failures)
         interval_s = self.cost.optimal_interval_s(failures_s)
+
+        # Without a measured cost: early enough, where failures are frequent, to come before one.
         if interval_s is None:
             interval_s = min(FIRST_SAVE_S, failures_s / 20)
+
         return trained_s - self._last_save_s >= interval_s
 
     def record_start(self, trained_s: float, blocked_s: float) -> None:
@@ -82,17 +85,19 @@ class Saver:
         if section.local_folder:
             self._intervals[Tier.LOCAL] = section.local_every_steps
 
-        self._auto = {
-            tier: AutoInterval(section, trained_s, components.num_failures)
-            for tier, interval in self._intervals.items()
-            if interval == "auto"
-        }
+        self._auto: dict[Tier, AutoInterval] = {}
+        for tier, interval in self._intervals.items():
+            if interval == "auto":
+                self._auto[tier] = AutoInterval(section, trained_s, components.num_failures)
+
         self._auto_due = dict.fromkeys(Tier, False)
         self.trained_s = trained_s
         self.url: str | None = None
 
     def prepare(self, step: int) -> None:
         """Allocate the memory for saves in the background, if there will be any."""
+        # Training waits for the last save, which needs no buffers; they are for saves before it.
+        # With `auto`, whether there will be one is not known yet.
         steps_left = self._total_steps - step
         has_saves = any(
             interval == "auto" or 0 < interval < steps_left for interval in self._intervals.values()
@@ -102,13 +107,16 @@ class Saver:
 
     def flags(self) -> tuple[float, ...]:
         """Return this rank's contribution to the sums that `advance` takes."""
-        auto_due = [
-            self._components.world.rank == 0
-            and tier in self._auto
-            and self._auto[tier].is_due(self.trained_s)
-            for tier in Tier
-        ]
-        return (*self._components.manager.save_flags(), *map(float, auto_due))
+        # Ranks measure different times and would decide differently: only rank 0 decides, and the
+        # sum over ranks carries its decision to all.
+        auto_due: list[float] = []
+        for tier in Tier:
+            is_due = False
+            if self._components.world.rank == 0 and tier in self._auto:
+                is_due = self._auto[tier].is_due(self.trained_s)
+            auto_due.append(float(is_due))
+
+        return (*self._components.manager.save_flags(), *auto_due)
 
     def advance(self, num_written: float, num_ended: float, *auto_due: float) -> None:
         """Advance the save in progress, and record where rank 0 decided to save.
@@ -125,6 +133,9 @@ class Saver:
         """Record that `step` (from 0) is done."""
         self._ledger.add(step, batches)
         self.trained_s += seconds
+
+        # A step that is slowed down by a save to the other tier says nothing about this one: it is
+        # neither a step without a save nor part of the cost.
         current = self._components.manager.save_in_progress
         for tier, auto in self._auto.items():
             if current is None or current.tier == tier:
@@ -135,11 +146,13 @@ class Saver:
         if is_last and self._section.at_end:
             return Tier.STORAGE
 
+        # Storage comes first: a checkpoint there makes one on the nodes needless.
         for tier, interval in self._intervals.items():
             if interval == "auto":
                 is_due = self._auto_due[tier]
             else:
                 is_due = interval > 0 and step % interval == 0
+
             if is_due:
                 return tier
 
@@ -166,11 +179,15 @@ class Saver:
         components.time_ledger.start_save(progress.step)
         self._context.callbacks.on_progress()
         in_background = self._section.background and not wait
+
+        # The wait for another save is part of what this one costs.
         start_s = time.perf_counter()
         current = components.manager.save_in_progress
         if current is not None:
             if in_background and self._is_left_out(tier, current, progress.step):
                 return False
+
+            # One save at a time, so that host memory holds at most one copy of the state.
             self.settle()
             if in_background and components.world.rank == 0:
                 log.warning(
@@ -188,6 +205,7 @@ class Saver:
             self._record_start(tier, start_s)
             return False
 
+        # After a stop or the last step, no later save would make up for one that failed.
         with retry_limit(CRITICAL_ATTEMPTS):
             outcome = components.manager.save(components.engine, request)
 
@@ -196,9 +214,16 @@ class Saver:
 
     def _request(self, tier: Tier, progress: Progress, evaluation: dict[str, float]) -> SaveRequest:
         components = self._components
+
+        # Local checkpoints disappear, so their rows stay for the next one in storage. Rows that
+        # were taken for a save that fails are restored (`_handle_outcome`).
         rows = self._ledger.rows() if tier is Tier.LOCAL else self._ledger.take()
+
         # An attempt that resumes from the checkpoint needs the metrics of all steps before it.
-        metrics_written = components.metrics.flush() if components.metrics is not None else None
+        metrics_written = None
+        if components.metrics is not None:
+            metrics_written = components.metrics.flush()
+
         return SaveRequest(
             self._name,
             type(components.engine).__name__,
@@ -219,6 +244,7 @@ class Saver:
         """Return whether a save is left out because `current` is still being written."""
         if tier is Tier.LOCAL and current.tier is Tier.STORAGE:
             return True  # the one on its way to storage is as good
+
         if tier is current.tier and self._section.when_busy == "skip":
             log.warning(
                 "no checkpoint at step %d: the previous one is still being written; %s is shorter "
@@ -247,6 +273,7 @@ class Saver:
         if outcome is None:
             return False
 
+        # A save that failed took its time like any other, so its cost counts too.
         request, step = outcome.request, outcome.request.progress.step
         if request.tier in self._auto:
             self._auto[request.tier].cost.record_end()
@@ -256,6 +283,7 @@ class Saver:
                 if step == self._total_steps:
                     raise outcome.problem
                 self._ledger.restore(request.rows)
+
             log.warning("no checkpoint at step %d, training continues: %s", step, outcome.problem)
             return False
 

@@ -22,6 +22,7 @@ class Console:
 
     def print(self, text: str) -> None:
         """Print `text` on lines of its own."""
+        # The progress line stays above the text, as the last state before it.
         self.close()
         self._write(f"{text}\n")
 
@@ -37,6 +38,7 @@ class Console:
             self.print(text)
             return
 
+        # Back to the start of the line, and erase it: the new text may be shorter.
         self._write(f"\r\x1b[2K{text}")
         self._progress_shown = True
 
@@ -55,7 +57,7 @@ class Console:
         except OSError:  # the reader (such as `| head`) has left, or the terminal was closed
             self._stream_closed = True
             with contextlib.suppress(OSError), open(os.devnull, "w") as devnull:
-                # without this, Python's flush at exit would fail again
+                # Python flushes the stream at exit, which would fail again.
                 os.dup2(devnull.fileno(), self._stream.fileno())
 
 
@@ -76,6 +78,7 @@ def format_table(
     rich_table = Table(
         title=title, title_justify="left", box=box.SIMPLE, show_header=any(headers), pad_edge=False
     )
+    # The first column names the row, and stays on one line; long values in the others are wrapped.
     rich_table.add_column(headers[0], style="bold", no_wrap=True)
     for header in headers[1:]:
         rich_table.add_column(header, overflow="fold")
@@ -83,6 +86,7 @@ def format_table(
     for row in rows:
         rich_table.add_row(*row)
 
+    # A fixed width, so that a log file has the same table as any terminal.
     stream = io.StringIO()
     RichConsole(file=stream, width=100).print(rich_table)
     return stream.getvalue().rstrip()
@@ -97,6 +101,7 @@ def format_duration(seconds: float) -> str:
 
 def format_progress(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
     """Return the progress line of one step (`step` counts from 1)."""
+    # Numbers are padded, so that the fields of successive lines are in one column.
     width = len(str(total))
     fields = (
         f"step {step:>{width}}/{total}",
@@ -120,4 +125,6 @@ def format_evaluation(values: dict[str, float]) -> str:
         metrics.append(f"{name.replace('_', ' ')} {value:.{digits}f}")
 
     loss = f"{values['loss']:.4f}"
-    return f"{loss} ({', '.join(metrics)})" if metrics else loss
+    if not metrics:
+        return loss
+    return f"{loss} ({', '.join(metrics)})"

@@ -1,4 +1,7 @@
-"""Evaluation on held-out data; each sample counts once at every world size."""
+"""Evaluation on held-out data; each sample counts once at every world size.
+
+Dimensions: B rows of a batch; the other dimensions of a row's output are those of its task.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from dist_ft.training.prediction_collector import PredictionCollector
 
 FOLDER = "evaluations"
 CAUSAL_LM = TaskSection()
-"""Tasks that predict tokens, whose loss has a perplexity."""
+"""The task of a config that names none."""
 
 
 @dataclass(frozen=True)
 class EvaluationOutputs:
-    """What an evaluation computes besides the loss.
+    """What an evaluation computes in addition to the loss.
 
     Attributes:
         task: task of the run; all tasks but causal_lm have metrics.
@@ -91,20 +94,26 @@ def evaluate(
     loss_sum, num_targets = 0.0, 0
     most_lanes = world.largest_share(num_lanes)
     for batches in loader.iterate(0, loader.steps_per_epoch, world.share(num_lanes)):
-        # every worker makes the same number of calls, which ZeRO-3 needs
+        # Under ZeRO-3 a forward pass is a collective call, so every worker makes the same number.
+        # The seeds are not used: dropout is off.
         padded, _ = pad_to_equal_lanes(batches, [0] * len(batches), most_lanes)
         for batch in padded:
             on_progress()
             if collector is None:
                 loss_sum += engine.loss_sum(batch)
             else:
-                loss, predictions = engine.loss_and_outputs(batch)
+                loss, predictions = engine.loss_and_outputs(batch)  # predictions: (B, ...)
                 loss_sum += loss
                 collector.add(batch, predictions)
+
             num_targets += batch.num_target_tokens
+
+            # Prompts are only collected here. Text is generated after the loop, in batches that
+            # hold samples of all workers.
             if generator is not None:
                 generator.collect(batch)
 
+    # Sums, not means: a worker with fewer target tokens weighs less.
     total, count = collectives.sum([loss_sum, num_targets])
     loss = total / max(1.0, count)
     metrics = {"loss": loss}
@@ -113,6 +122,7 @@ def evaluate(
 
     metrics["num_target_tokens"] = count
 
+    # All of the following are collective calls, and all workers make them in this order.
     tables, examples, generations = {}, None, None
     if collector is not None:
         scores = collector.compute_scores(collectives)

@@ -33,11 +33,18 @@ class Evaluator:
         self._task = run.task
         self._components = components
         self._context = context
-        self.summary = {
-            label: loss for label, loss in summary.items() if label in ("before", "after")
-        }
+
+        # A checkpoint stores the summary and the metrics of its own step in one mapping.
+        self.summary: dict[str, float] = {}
+        for label, loss in summary.items():
+            if label in ("before", "after"):
+                self.summary[label] = loss
+
         self._latest_step = -1
         self._latest_metrics: dict[str, float] = {}
+
+        # In place, because the list of `components` outlives this evaluator, which a rollback
+        # replaces. Evaluations of steps that are repeated must not count twice.
         history = components.evaluations
         history[:] = [point for point in history if point[0] <= step]
 
@@ -46,8 +53,10 @@ class Evaluator:
         section = self._config.evaluation
         if section.every_steps and step % section.every_steps == 0:
             return True
+
         if not section.every_epochs:
             return False
+
         epoch, step_of_epoch = self._components.loader.plan.epoch_and_step(step)
         return step_of_epoch == 0 and epoch % section.every_epochs == 0
 
@@ -62,6 +71,7 @@ class Evaluator:
 
         components.time_ledger.enter("evaluation")
 
+        # A swap, not a copy, because a copy would need memory for one more set of weights.
         uses_average = self._config.evaluation.weights == "ema"
         if uses_average:
             components.engine.swap_average()
@@ -78,13 +88,17 @@ class Evaluator:
         if uses_average:
             components.engine.swap_average()
 
+        # Before anything is stored, because an unknown checkpoint.best_by ends the run here.
         metrics = evaluation.metrics
         self._remember(step, metrics, label)
+
+        # All ranks wait, and all raise if storage fails, so that no rank trains on alone.
         on_rank0(
             components.world,
             components.collectives,
             lambda: store_evaluation(components.store, step, evaluation),
         )
+
         callbacks = self._context.callbacks
         log_metrics(components.metrics, callbacks, step, "evaluation", metrics)
         if components.world.rank == 0:
@@ -109,12 +123,14 @@ class Evaluator:
                 "evaluation",
             )
 
+        # The number of target tokens is the same at every step: it compares no checkpoints.
         self._latest_step = step
-        self._latest_metrics = {
-            name: value for name, value in metrics.items() if name != "num_target_tokens"
-        }
+        self._latest_metrics = dict(metrics)
+        self._latest_metrics.pop("num_target_tokens", None)
+
         if not history or history[-1][0] < step:
             history.append((step, metrics[metric]))
+
         if label:
             self.summary[label] = metrics["loss"]
 
@@ -125,9 +141,12 @@ class Evaluator:
         """
         metric, history = self._config.checkpoint.best_by, self._components.evaluations
         patience = self._config.evaluation.patience
+
+        # Only right after an evaluation: at other steps nothing new is known.
         if self._latest_step != step or not best.should_stop_early(metric, history, patience):
             return False
 
+        # The run ends here, so this evaluation is also the one after its last step.
         self.summary["after"] = self._latest_metrics["loss"]
         if self._components.world.rank == 0:
             best_step, value = best.find_best(metric, history)
@@ -140,4 +159,6 @@ class Evaluator:
 
     def metrics_for_checkpoint(self, step: int) -> dict[str, float]:
         """Return what is stored with a checkpoint: the summary, and the metrics at this step."""
-        return self.summary | (self._latest_metrics if self._latest_step == step else {})
+        if self._latest_step != step:
+            return dict(self.summary)
+        return self.summary | self._latest_metrics

@@ -50,7 +50,9 @@ class MetricsLog:
         self._lines = [(line["step"], _encode(line)) for line in lines]
         self._next_flush_s = time.monotonic() + FLUSH_S
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
-        self._last_flush: Future[None] | None = None  # the latest
+        self._last_flush: Future[None] | None = None
+
+        # Each attempt has its own folder of events: TensorBoard shows them as one curve each.
         self._tensorboard = tensorboard
         self._target = f"tensorboard/attempt-{attempt:04d}"
         self._folder: str | None = None
@@ -61,8 +63,15 @@ class MetricsLog:
 
         NaN and infinity become null in the file (JSON).
         """
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.append((step, _encode({"step": step, "kind": kind, **finite})))
+        # JSON has no NaN: a reader other than Python would refuse the whole line.
+        line: dict[str, Any] = {"step": step, "kind": kind}
+        for name, value in values.items():
+            line[name] = value
+            if not math.isfinite(value):
+                line[name] = None
+
+        # Encoded once, as the file is written as a whole each time.
+        self._lines.append((step, _encode(line)))
         self._trackers.add(step, kind, values)
         if self._tensorboard:
             writer = self._summary_writer()
@@ -73,15 +82,18 @@ class MetricsLog:
             self.flush()
 
     def _summary_writer(self) -> Any:
+        # TensorBoard writes to local files only; `_write` copies them to the run's storage.
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-")
             self._writer = SummaryWriter(self._folder)
+
         return self._writer
 
     def rewind(self, step: int) -> None:
         """Drop the lines of steps after `step`."""
+        # A new list, because the thread may be reading the old one.
         self._lines = [line for line in self._lines if line[0] <= step]
 
     def flush(self) -> Future[None]:
@@ -91,16 +103,23 @@ class MetricsLog:
         took over the run is left alone.
         """
         self._next_flush_s = time.monotonic() + FLUSH_S
+
+        # A flush that has not started yet will write these lines too. One that is running may have
+        # read its lines already.
         flush = self._last_flush
         if flush is None or flush.running() or flush.done():
-            flush = self._last_flush = self._thread.submit(self._write)
-        return flush  # one that has not started yet will write these lines too
+            flush = self._thread.submit(self._write)
+            self._last_flush = flush
+
+        return flush
 
     def _write(self) -> None:
         start_s = time.monotonic()
         try:
+            # A worker that a newer attempt has replaced may still run for a while.
             if discovery.latest_attempt(self._store) > self._attempt:
                 return
+
             self._store.write(FILE, b"".join(text for _, text in self._lines))
             if self._writer is not None and self._folder is not None:
                 self._writer.flush()
@@ -110,13 +129,14 @@ class MetricsLog:
         except StorageError as error:
             log.warning("metrics were not written: %s", error)
 
-        # the files grow with the run, so the pauses do
+        # The files grow with the run, and so must the pauses between two writes of them.
         now_s = time.monotonic()
         pause_s = FLUSH_PAUSE * (now_s - start_s)
         self._next_flush_s = max(self._next_flush_s, now_s + pause_s)
 
     def close(self) -> None:
         """Write all lines and remove temporary files."""
+        # The flush first: trackers may wait for the network when they are closed.
         self.flush().result()
         self._thread.shutdown()
         self._trackers.close()
@@ -156,6 +176,7 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
         return [_with_new_names(line) for line in lines if step is None or line["step"] <= step]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # In this order: not JSON; no step; a step that is no number; not an object.
         raise StorageError(
             f"{store.redacted_url(FILE)}: not a file of metrics ({error}). Allowed: lines of JSON "
             "with a step. Move the file away."
@@ -166,8 +187,11 @@ def _with_new_names(line: dict[str, Any]) -> dict[str, Any]:
     """Return a line with the metric names of today."""
     if line.get("kind") != "pace":
         return line
+
+    # Names end with the worker they are of: metric/node/rank.
     renamed = {}
     for name, value in line.items():
         metric, slash, worker = name.partition("/")
         renamed[OLD_PACE_NAMES.get(metric, metric) + slash + worker] = value
+
     return renamed

@@ -5,6 +5,8 @@ that a resumed step samples the same. Every worker makes the same number of call
 for each lane (empty lanes too), for under ZeRO-3 each is a collective call. Between engines, whose
 weights differ by rounding, a sample that rounding decides may differ; from there on losses differ
 by more than rounding.
+
+Dimensions: R rows (a prompt and a text each) with L tokens in all, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import numpy as np
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.decoding import DecodingSection
+from dist_ft.config.task_facts import task_class
 from dist_ft.core.seeds import derive_seed
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
 from dist_ft.data.batching.loader import assemble_batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
-from dist_ft.tasks.base import make_task
 from dist_ft.training.held_out_generation import HeldOutSample, iterate_samples
 
 if TYPE_CHECKING:
@@ -47,13 +49,15 @@ class MinimumRisk:
         self._section = config.task.risk
         self._seed = config.run.seed
         self._tokenizer = tokenizer
-        self._is_encoder_decoder = make_task(config.task).keeps_texts_apart
+        self._is_encoder_decoder = task_class(config.task.name).keeps_texts_apart
         self._text_tokenizer = config.evaluation.text_tokenizer
 
     @classmethod
     def from_config(cls, config: RunConfig, tokenizer: Any) -> MinimumRisk | None:
         """Return an instance if the config minimizes risk, else None."""
-        return cls(config, tokenizer) if config.task.objective == "minimum_risk" else None
+        if config.task.objective != "minimum_risk":
+            return None
+        return cls(config, tokenizer)
 
     def prepare(
         self,
@@ -67,25 +71,37 @@ class MinimumRisk:
 
         A collective call, with the same number of batches on every worker.
         """
-        samples = [list(iterate_samples(batch, self._is_encoder_decoder)) for batch in batches]
-        own_count = sum(len(lane) for lane in samples)
-        own_longest = max([len(sample.prompt) for lane in samples for sample in lane], default=1)
-        gathered = collectives.all_gather((own_count, own_longest))
-        longest = max(length for _, length in gathered)
+        samples_by_lane: list[list[HeldOutSample]] = []
+        own_count, own_longest = 0, 1
+        for batch in batches:
+            samples = list(iterate_samples(batch, self._is_encoder_decoder))
+            samples_by_lane.append(samples)
+            own_count += len(samples)
+            own_longest = max([own_longest, *(len(sample.prompt) for sample in samples)])
+
+        # The loss is a mean over all samples of the step, so every worker needs their number.
+        num_samples, longest = 0, 1
+        for count, length in collectives.all_gather((own_count, own_longest)):
+            num_samples += count
+            longest = max(longest, length)
 
         risk_batches: list[Batch] = []
         with engine.generation_mode() as (model, synced):
-            for batch, lane in zip(batches, samples, strict=True):
-                generator = self._generator(lane)
-                generator.check_length(model, longest)  # of all workers, so that all raise
-                texts = self._sample_texts(
-                    generator, model, lane, (step, batch.lane), synced, on_progress
-                )
-                risk_batches.append(
-                    self._risk_batch(batch, lane, texts, generator) if lane else batch
-                )
+            for batch, samples in zip(batches, samples_by_lane, strict=True):
+                # The longest prompt of all workers is checked, so that all raise the error.
+                generator = self._generator(samples)
+                generator.check_length(model, longest)
 
-        return RiskBatches(risk_batches, sum(count for count, _ in gathered))
+                # Seeds follow from the lane, which other workers may have after a restart.
+                seed = (step, batch.lane)
+                texts = self._sample_texts(generator, model, samples, seed, synced, on_progress)
+
+                # An empty lane stays as it is: its loss has no weight.
+                if samples:
+                    batch = self._risk_batch(batch, samples, texts, generator)
+                risk_batches.append(batch)
+
+        return RiskBatches(risk_batches, num_samples)
 
     def _generator(self, samples: Sequence[HeldOutSample]) -> TextGenerator:
         """Return what samples text for the prompts of a lane."""
@@ -122,7 +138,9 @@ class MinimumRisk:
         if not requests and not synced:
             return []
 
-        dummy = GenerationRequest(np.ones(1, np.int64))  # keeps the calls of all workers equal
+        # A worker whose lane is empty generates for a dummy request, to make the same calls as the
+        # others. End tokens are kept, because the model is trained to write them.
+        dummy = GenerationRequest(np.ones(1, np.int64))
         return generator.generate_batch(
             model, requests or [dummy], synced, on_progress, include_end=True
         )
@@ -141,7 +159,15 @@ class MinimumRisk:
         for group, (sample, texts) in enumerate(zip(samples, sampled, strict=True)):
             reference = tuple(sample.target.tolist())
             reference_text = generator.decode_text(reference)
-            for text in dict.fromkeys([reference, *(tuple(ids) for ids in texts if ids)]):
+
+            # The keys of a dict: each text once and in order, as a text that was sampled twice
+            # must not count twice. The reference comes first, where the likelihood finds it.
+            candidates = {reference: None}
+            for ids in texts:
+                if ids:
+                    candidates[tuple(ids)] = None
+
+            for text in candidates:
                 tokens.append(np.array([*sample.prompt.tolist(), *text], np.int32))
                 labels.append(self._labels(len(sample.prompt), text))
                 risk = 0.0
@@ -150,13 +176,14 @@ class MinimumRisk:
                 risks.append(risk)
                 groups.append(group)
 
+        # One segment a row, which starts at token 0 of its sample.
         sizes = [len(row) for row in tokens]
-        segments = np.zeros((len(sizes), 4), np.int64)
+        segments = np.zeros((len(sizes), 4), np.int64)  # (R, 4)
         segments[:, 0] = [samples[group].sample for group in groups]
         segments[:, 2] = sizes
         rows = assemble_batch(
-            np.concatenate(tokens),
-            np.concatenate(labels),
+            np.concatenate(tokens),  # (L,)
+            np.concatenate(labels),  # (L,)
             segments,
             np.arange(len(sizes)),
             batch.lane,
@@ -173,14 +200,23 @@ class MinimumRisk:
 
     def _labels(self, prompt_length: int, text: Sequence[int]) -> np.ndarray:
         """Return the labels of a row (T,): target ids of an encoder-decoder, else a mask."""
+        # `assemble_batch` distinguishes the two by their type.
         if self._is_encoder_decoder:
-            return np.concatenate([np.full(prompt_length, IGNORE_INDEX), text]).astype(np.int32)
-        return np.concatenate([np.zeros(prompt_length), np.ones(len(text))]).astype(np.uint8)
+            no_targets = np.full(prompt_length, IGNORE_INDEX)
+            return np.concatenate([no_targets, text]).astype(np.int32)
+
+        is_target = np.zeros(prompt_length + len(text), np.uint8)
+        is_target[prompt_length:] = 1
+        return is_target
 
     def compute_risk(self, text: str, reference: str) -> float:
         """Return the risk of a text: 1 - its metric (scaled to 0..1), or its token error rate."""
         metric = self._section.metric
         value = text_scores.compute_text_metric(metric, text, reference, self._text_tokenizer)
+        # An error rate is a risk already; it may exceed 1.
         if metric == "token_error_rate":
             return value
-        return 1 - value / (100 if metric in METRICS_UP_TO_100 else 1)
+
+        if metric in METRICS_UP_TO_100:
+            return 1 - value / 100
+        return 1 - value

@@ -1,4 +1,7 @@
-"""How much each source of a mixture of training data has contributed."""
+"""How much each source of a mixture of training data has contributed.
+
+Dimensions: S sources, R rows that hold a sequence.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,22 @@ class SourceCounts:
     def __init__(self, config: RunConfig) -> None:
         """Start at zero."""
         self._names = source_names(config)
-        self._counts = np.zeros((len(self._names), 2))
+        self._counts = np.zeros((len(self._names), 2))  # (S, 2): [sequences, tokens]
 
     def count(self, batches: Sequence[Batch]) -> list[float]:
         """Return [sequences, tokens] of each source in this worker's `batches`, flat."""
         if not self._names:
             return []
-        counts = np.zeros_like(self._counts)
+
+        counts = np.zeros_like(self._counts)  # (S, 2)
         for batch in batches:
-            sources, num_tokens = batch.row_sources[:, 0], batch.row_sources[:, 1]
-            np.add.at(counts, sources, np.column_stack([np.ones(len(sources)), num_tokens]))
+            sources, num_tokens = batch.row_sources[:, 0], batch.row_sources[:, 1]  # (R,) each
+            num_sequences = np.ones(len(sources))
+
+            # `counts[sources] += ...` would count a source once, however often it occurs.
+            np.add.at(counts, sources, np.column_stack([num_sequences, num_tokens]))
+
+        # Flat, as it is part of the sum over workers that each step makes anyway.
         return counts.reshape(-1).tolist()
 
     def add(self, counts: Sequence[float]) -> None:
@@ -54,4 +63,5 @@ def source_names(config: RunConfig) -> list[str]:
     sources = config.data.train
     if len(sources) == 1:
         return []
+
     return [source.name or f"source-{i}" for i, source in enumerate(sources)]

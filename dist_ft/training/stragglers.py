@@ -76,6 +76,8 @@ class StragglerDetector:
         if not self._every_steps or step % self._every_steps:
             return {}
 
+        # Measured here, at a step that all workers have just ended: none competes with its own
+        # training for the device.
         elapsed_s = max(time.monotonic() - self._since_s, 1e-9)
         own = Pace(
             self._world.rank,
@@ -86,14 +88,20 @@ class StragglerDetector:
         )
         self._stalled_s = self._data_s = 0.0
         self._since_s = time.monotonic()
+
+        # Only rank 0 compares and logs.
         paces = self._collectives.gather(own)
-        return self._log_changes(step, paces) if paces is not None else {}
+        if paces is None:
+            return {}
+        return self._log_changes(step, paces)
 
     def close(self) -> None:
         """Stop measuring."""
         self._stopped.set()
 
     def _measure_stalls(self) -> None:
+        # A process that is stopped, or gets no CPU, cannot see it itself; it can only notice that
+        # more time has passed than it slept.
         before = time.monotonic()
         while not self._stopped.wait(SLEEP_S):
             now = time.monotonic()
@@ -104,6 +112,7 @@ class StragglerDetector:
 
     def _log_changes(self, step: int, paces: list[Pace]) -> dict[str, float]:
         """Log which workers became slow, or are no longer; return the metrics."""
+        # Changes only: a worker that stays slow is not logged at each comparison.
         reasons = find_slow_workers(paces)
         for rank in sorted(reasons.keys() - self._slow_ranks):
             log.warning(
@@ -121,6 +130,7 @@ class StragglerDetector:
 
         self._slow_ranks = set(reasons)
 
+        # A line of metrics holds a limited number of workers, so those that matter come first.
         slowest_first = sorted(
             paces,
             key=lambda pace: (pace.rank in reasons, pace.stalled_share, pace.probe_s),
@@ -156,11 +166,13 @@ def find_slow_workers(paces: list[Pace]) -> dict[int, str]:
                     f"it {what} {share:.0%} of the time (typical: {typical_share:.0%})"
                 )
 
+        # A worker that was stalled may be slow in the product too; the stall is then the reason.
         if not reasons_of_worker and pace.probe_s > SLOWDOWN * typical_probe_s:
             times = pace.probe_s / typical_probe_s
             reasons_of_worker.append(
                 f"a matrix product takes it {times:.1f} times as long as is typical"
             )
+
         if reasons_of_worker:
             reasons[pace.rank] = "; ".join(reasons_of_worker)
 
@@ -169,12 +181,15 @@ def find_slow_workers(paces: list[Pace]) -> dict[int, str]:
 
 def time_matrix_product(device: torch.device, size: int = 256) -> float:
     """Return the seconds of a small matrix product on `device`: the fastest of five."""
+    # The fastest, because the first ones may include starting the device's library, and any of them
+    # an interruption.
     values = torch.ones(size, size, device=device)
     times = []
     for _ in range(5):
         start = time.perf_counter()
         float((values @ values)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
+
     return min(times)
 
 

@@ -89,6 +89,8 @@ class TimeLedger:
         """
         with self._lock:
             self._resumed_at = step
+
+        # Written at once: an attempt that is killed soon must show which work it repeats.
         self.changed.set()
 
     def start_save(self, step: int) -> None:
@@ -98,15 +100,22 @@ class TimeLedger:
             self._marks.pop(step, None)  # so that the new mark is the last
             self._marks[step] = dict(self._seconds)
             self._phase = "save"
+
+            # A run may save many thousand times, and the whole record is written each time.
             for old in list(self._marks)[:-MAX_MARKS]:
                 del self._marks[old]
+
         self.changed.set()
 
     def rewind(self, step: int) -> None:
         """Count the work since `step` as lost: this attempt returns to that checkpoint."""
         with self._lock:
             self._count_elapsed()
+
+            # Steps after the checkpoint are done again, and get new marks then.
             self._marks = {marked: spent for marked, spent in self._marks.items() if marked <= step}
+
+            # Without a mark, the checkpoint is of an earlier attempt: all work of this one is lost.
             spent_before = self._marks.get(max(self._marks, default=-1), {})
             for phase in WORK_PHASES:
                 lost_s = self._seconds[phase] - spent_before.get(phase, 0.0)
@@ -117,6 +126,8 @@ class TimeLedger:
         """Return the record up to now."""
         with self._lock:
             self._count_elapsed()
+
+            # `begun_at` is a name of version 0.1.0, whose runs can still be read and resumed.
             record = TimeRecord(
                 begun_at=self._started_at.isoformat(),
                 resumed_at=self._resumed_at,
@@ -125,9 +136,11 @@ class TimeLedger:
             )
             if self.end_reason:
                 record["ended"] = self.end_reason
+
             return record
 
     def _count_elapsed(self) -> None:
+        # The caller holds the lock: the writing thread counts time too.
         now = time.monotonic()
         self._seconds[self._phase] += now - self._since_s
         self._since_s = now
@@ -159,6 +172,8 @@ def write_periodically(
         ledger.end_reason = redact(str(error))
         raise
     finally:
+        # In this order: the thread wakes up at `changed`, and must then find that it is stopped. If
+        # storage does not answer, the end of the run does not wait for it.
         writer.stopped.set()
         ledger.changed.set()
         thread.join(2 * WRITE_TIMEOUT_S)
@@ -177,6 +192,7 @@ class _Writer:
         """Write until the attempt has ended, and once more then."""
         is_last = False
         while not is_last:
+            # Both are read before the write: what changes during it causes another one.
             is_last = self.stopped.is_set()
             self._ledger.changed.clear()
             self._write()
@@ -184,8 +200,10 @@ class _Writer:
                 self._ledger.changed.wait(self._every_s)
 
     def _write(self) -> None:
+        # One attempt: the next write comes soon, and holds all that this one did.
         try:
             with retry_limit(1, WRITE_TIMEOUT_S):
+                # A worker that a newer attempt has replaced may still run for a while.
                 if discovery.latest_attempt(self._store) <= self._attempt:
                     record = {"attempt": self._attempt, **self._ledger.to_json()}
                     self._store.write(
@@ -194,6 +212,7 @@ class _Writer:
 
             self._warned = False
         except StorageError as error:
+            # Once for each outage: a warning every few seconds would bury the log.
             if not self._warned:
                 log.warning("the time record of this attempt was not written: %s", error)
             self._warned = True

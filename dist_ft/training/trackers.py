@@ -44,6 +44,7 @@ def missing_trackers(config: RunConfig) -> Iterator[str]:
         ("wandb", "project", config.log.wandb.project),
         ("mlflow", "experiment", config.log.mlflow.experiment),
     ):
+        # Found, not imported: an import takes seconds, and the check of a config calls this too.
         if value and importlib.util.find_spec(name) is None:
             yield (
                 f"log.{name}.{field}={value}: {name} is not installed. It comes with an extra. Run "
@@ -81,10 +82,13 @@ class Trackers:
         ):
             if not is_configured:
                 continue
+
+            # Any exception: trackers raise those of their own HTTP clients, and more.
             try:
                 opened.append(start(config, url, cache))
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                reason = lines[0]
                 raise ConfigError(
                     [
                         redact(
@@ -100,6 +104,9 @@ class Trackers:
     def add(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Send the finite values of a line of metrics; a tracker that fails is not used again."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
+
+        # A copy, because the loop removes trackers that fail: one that does not answer would slow
+        # down every later step.
         for tracker in list(self._trackers):
             try:
                 tracker.add(step, kind, finite)
@@ -125,6 +132,8 @@ class Trackers:
 def _run_id(url: str) -> str:
     import xxhash
 
+    # The same for every attempt, so that a resumed run finds its tracked run. A hash, because a
+    # URL has characters that W&B does not allow in ids.
     return xxhash.xxh3_64_hexdigest(url.encode())
 
 
@@ -145,12 +154,16 @@ def _start_wandb(config: RunConfig, url: str, cache: Path) -> Tracker:
         config=config.model_dump(mode="json"),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
+
     # Steps may repeat after a restart, which W&B's own step does not allow.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
 
     def add(step: int, kind: str, values: Mapping[str, float]) -> None:
-        run.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+        line: dict[str, float] = {"step": step}
+        for name, value in values.items():
+            line[f"{kind}/{name}"] = value
+        run.log(line)
 
     return Tracker("wandb", add, run.finish)
 
@@ -159,6 +172,8 @@ def _start_mlflow(config: RunConfig, url: str, _cache: Path) -> Tracker:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
+    # The client, not mlflow's functions: those keep an active run in global state, which a
+    # user's own code may use.
     section, key = config.log.mlflow, _run_id(url)
     client = MlflowClient(tracking_uri=section.tracking_uri)
     experiment = client.get_experiment_by_name(section.experiment)
@@ -167,20 +182,23 @@ def _start_mlflow(config: RunConfig, url: str, _cache: Path) -> Tracker:
     else:
         experiment_id = client.create_experiment(section.experiment)
 
+    # MLflow chooses the ids of runs itself, so ours is a tag.
     runs = client.search_runs([experiment_id], f"tags.`{MLFLOW_TAG}` = '{key}'", max_results=1)
     if runs:
         run = runs[0]
     else:
         run = client.create_run(experiment_id, tags={MLFLOW_TAG: key}, run_name=config.run.name)
 
+    # A resumed run may have been marked as ended by an earlier attempt.
     run_id = run.info.run_id
     client.update_run(run_id, status="RUNNING")
 
     def add(step: int, kind: str, values: Mapping[str, float]) -> None:
+        # One request for all values of a line.
         now_ms = int(time.time() * 1000)
-        client.log_batch(
-            run_id,
-            [Metric(f"{kind}/{name}", value, now_ms, step) for name, value in values.items()],
-        )
+        metrics = []
+        for name, value in values.items():
+            metrics.append(Metric(f"{kind}/{name}", value, now_ms, step))
+        client.log_batch(run_id, metrics)
 
     return Tracker("mlflow", add, lambda: client.set_terminated(run_id))

@@ -3,6 +3,8 @@
 Everything a step needs follows from its number: the samples (plan), the seeds (run seed, step,
 lane) and the learning rate (schedule). What one rank knows and all must act on, a request to stop
 or to save, is part of the small all-reduce that each step makes anyway.
+
+Dimensions: N segments of a batch.
 """
 
 from __future__ import annotations
@@ -92,6 +94,8 @@ class Trainer:
             Interrupted: a stop was requested; a checkpoint is saved before.
         """
         config, components, ledger = self._config, self._components, self._components.time_ledger
+
+        # A run that resumes has this result already, from its checkpoint.
         if self._step == 0 and config.evaluation.at_start:
             self._evaluator.evaluate(0, "before")
 
@@ -106,6 +110,8 @@ class Trainer:
         )
         lanes = components.world.share(config.num_lanes)
         batches_by_step = components.loader.iterate(self._step, self._total_steps, lanes)
+
+        # Both have a thread, which must end here: a rollback starts another trainer.
         with closing(detector), closing(batches_by_step):
             start_s = time.perf_counter()
             ledger.enter("data")
@@ -122,18 +128,22 @@ class Trainer:
                 elif self._evaluator.is_due(self._step):
                     self._evaluator.evaluate(self._step)
 
+                # After the evaluation, whose metrics are stored with the checkpoint of the step.
                 stops_early = not is_last and self._evaluator.should_stop_early(self._step)
                 is_saved = self._save_if_due(requests, is_last, stops_early)
                 if requests.save:
                     self._context.on_requested_save_end()
                 if stops_early:
                     break
+
+                # At the last step nothing is left to interrupt: the run is complete.
                 if requests.stop and not is_last:
                     raise self._interrupted(is_saved)
 
                 start_s = time.perf_counter()
                 ledger.enter("data")
 
+        # Without checkpoint.at_end, a save in the background may still be in progress.
         ledger.enter("save")
         self._saver.settle()
         return self._result()
@@ -144,7 +154,8 @@ class Trainer:
         self._context.callbacks.on_progress()
         fault_injection.hit("train.step", components.world.rank)
 
-        # One sum over all ranks: tokens, requests, the state of saves, tokens of each source.
+        # One sum over all ranks: tokens, requests, the state of saves, tokens of each source. A
+        # request that any rank got is above 0 on all.
         save_flags = self._saver.flags()
         own_counts = [
             sum(batch.num_target_tokens for batch in batches),
@@ -190,6 +201,8 @@ class Trainer:
         components, step = self._components, self._step
         engine, detector = components.engine, components.anomaly_detector
         engine.step = step + 1
+
+        # Minimum risk training replaces the batches by sampled text, and counts samples.
         trained_batches = batches
         if components.minimum_risk is not None:
             trained_batches, num_targets = components.minimum_risk.prepare(
@@ -200,15 +213,20 @@ class Trainer:
                 self._context.callbacks.on_progress,
             )
 
+        # At least 1: a global batch without any target has gradients of 0, not of 0 / 0.
         loss_sum = engine.accumulate(trained_batches, seeds, max(1, int(num_targets)))
         (total,) = components.collectives.sum([loss_sum])
         self._loss = loss = total / max(1.0, num_targets)
 
+        # The total is equal on all ranks, so all find the same anomaly. The update is called then
+        # too, because it discards the gradient; no norm is at most -1, so weights do not change.
         reason = detector.check_loss(step, loss)
-        norm_limit = -1.0 if reason else detector.grad_norm_limit()  # -1: never update
-        norm = engine.update(
-            learning_rate, norm_limit, schedule.depth_scale(self._config.tuning, step)
-        )
+        norm_limit = detector.grad_norm_limit()
+        if reason:
+            norm_limit = -1.0
+
+        depth_scale = schedule.depth_scale(self._config.tuning, step)
+        norm = engine.update(learning_rate, norm_limit, depth_scale)
         reason = reason or detector.check_grad_norm(norm)
         if reason:
             self._handle_anomaly(batches, reason)
@@ -230,19 +248,24 @@ class Trainer:
             log.info("step %d: the update was skipped: %s", step + 1, reason)
             return
 
-        own_samples = np.concatenate([batch.segments[:, 0] for batch in batches])
-        samples = np.unique(np.concatenate(components.collectives.all_gather(own_samples)))
+        # `batches` are those of the data, also where text was sampled from the model instead.
+        own_samples = np.concatenate([batch.segments[:, 0] for batch in batches])  # (N,)
+        all_samples = components.collectives.all_gather(own_samples)
+        samples = np.unique(np.concatenate(all_samples))  # each id once, sorted
         detector.num_consecutive += 1
         if section.action == "stop" or detector.num_consecutive > section.max_consecutive:
             raise anomaly.stop_error(section, step, reason, samples)
 
         first_skipped = step
         if section.action == "rollback":
+            # A save in progress may end as the latest checkpoint, and decides what is repeated.
             self._saver.settle()
-            # steps before the latest checkpoint are not repeated
+
+            # Steps before the latest checkpoint are not repeated, so they are not skipped either.
             first_skipped = max(components.manager.latest_step, step + 1 - section.rollback_steps)
             first_skipped = min(step, first_skipped)
 
+        # Stored before any rank continues, or a replay after a kill might not skip the step.
         skipped = range(first_skipped, step + 1)
         with retry_limit(CRITICAL_ATTEMPTS):
             on_rank0(
@@ -317,12 +340,16 @@ class Trainer:
 
     def _save_if_due(self, requests: _Requests, is_last: bool, stops_early: bool) -> bool:
         """Save if a checkpoint is due or must be; return whether this step is in storage now."""
+        # Storage where a save is requested: the nodes themselves may be taken away soon.
         must_save = requests.stop or requests.save or stops_early
         tier = Tier.STORAGE if must_save else self._saver.due(self._step, is_last)
         if tier is None:
             return False
 
-        values = {"loss": self._loss} if self._loss is not None else {}
+        values = {}
+        if self._loss is not None:
+            values["loss"] = self._loss
+
         return self._saver.save(
             tier,
             self._progress(),
@@ -357,6 +384,9 @@ class Trainer:
 
     def _result(self) -> Result:
         summary = self._evaluator.summary
+        data_wait_share = None
+        if self._steps_s:
+            data_wait_share = self._waited_s / self._steps_s
         return Result(
             self._config.run_url,
             self._step,
@@ -365,5 +395,5 @@ class Trainer:
             summary.get("before"),
             summary.get("after"),
             self._saver.url,
-            self._waited_s / self._steps_s if self._steps_s else None,
+            data_wait_share,
         )

@@ -66,6 +66,7 @@ def run(
     with connected(base), tempfile.TemporaryDirectory(prefix="dist-ft-tune-") as scratch:
         import ray.tune as tune
 
+        # Ray Tune has its own lower-case names for these two, and passes all others on to Ray.
         resources = {
             **worker_resources(base),
             "cpu": base.cluster.cpus_per_worker,
@@ -78,7 +79,10 @@ def run(
         else:
             space = {"trial": tune.grid_search(_remaining_points(section, finished))}
             searcher = None
+            # a grid has a sample for each of its points already
             num_samples = 1
+
+        # what Ray Tune stores is never read again, so its folder is deleted with this call
         tune.Tuner(
             tune.with_resources(_trainable(search), resources),
             param_space=space,
@@ -103,6 +107,8 @@ def _configure_ray_tune() -> None:
 
 def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
     """Return the function that a process of Ray Tune runs: one trial."""
+    # The process of a trial starts in a folder of Ray's, but paths of the config are relative to
+    # this one, which may not exist on other nodes.
     folder = os.getcwd()
 
     def train(params: dict[str, Any]) -> None:
@@ -112,6 +118,7 @@ def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
 
         if os.path.isdir(folder):
             os.chdir(folder)
+
         config = search.config(params["trial"]["values"], params["trial"]["number"])
         run_trial(config, lambda step, value: tune.report({STEP: step, VALUE: value}))
 
@@ -140,11 +147,10 @@ def _optuna_searcher(
 
     encoded = {}  # values by number of the trial
     for trial in [*finished, *unfinished]:
-        encoded[trial.number] = {
-            field: _encode_value(section.space[field], value)
-            for field, value in trial.values.items()
-        }
+        encoded[trial.number] = _encode_values(section, trial)
 
+    # The seed changes with each resumption: with the same one, Optuna would suggest again what it
+    # suggested before, and what the finished trials have tried.
     search = OptunaSearch(
         space=_optuna_space(section, optuna.distributions),
         metric=VALUE,
@@ -153,14 +159,18 @@ def _optuna_searcher(
         points_to_evaluate=[encoded[trial.number] for trial in unfinished],
     )
     for trial in finished:
+        # a trial without a value counts as failed, and then Optuna ignores the 0.0
         search.add_evaluated_point(
             encoded[trial.number], trial.value or 0.0, error=trial.value is None
         )
 
+    # Numbers in the order in which Optuna suggests: first the points to evaluate, then new ones.
     started = [trial.number for trial in unfinished]
     used = {*started, *(trial.number for trial in finished)}
     numbers = started + [number for number in range(section.num_trials) if number not in used]
 
+    # A wrapper, as a trial's number and values are decided together, and no trial starts that
+    # has no number left.
     class _NumberedSearch(Searcher):
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if not numbers:
@@ -194,6 +204,7 @@ def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
     space = {}
     for field, choice in section.space.items():
         low, high = choice.low or 0, choice.high or 0
+        # categories of Optuna are scalars, but values of a field may be lists
         if choice.values:
             space[field] = distributions.CategoricalDistribution(range(len(choice.values)))
         elif choice.is_whole:
@@ -201,6 +212,14 @@ def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
         else:
             space[field] = distributions.FloatDistribution(float(low), float(high), log=choice.log)
     return space
+
+
+def _encode_values(section: SearchSection, trial: Trial) -> dict[str, float | int | str | bool]:
+    """Return a trial's value of each field, in Optuna's terms."""
+    encoded = {}
+    for field, value in trial.values.items():
+        encoded[field] = _encode_value(section.space[field], value)
+    return encoded
 
 
 def _encode_value(choice: Range, value: Any) -> Any:
@@ -242,6 +261,8 @@ def _scheduler(
 
     if section.asha is None:
         return None
+
+    # With epochs, the number of steps is not known: a limit that is out of reach stops no trial.
     max_steps = base.schedule.steps or NO_STEP_LIMIT
     scheduler = ASHAScheduler(
         time_attr=STEP,
@@ -252,6 +273,9 @@ def _scheduler(
         reduction_factor=section.asha.reduction,
         stop_last_trials=False,
     )
+
+    # Finished trials are not run again, but their results are in the rungs that new trials must
+    # pass. ASHA uses neither the controller nor anything but the id of a trial.
     controller: Any = None
     for trial in finished:
         known_trial: Any = SimpleNamespace(trial_id=f"known-{trial.number}")

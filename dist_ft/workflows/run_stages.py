@@ -72,21 +72,29 @@ def run(
         ConfigError: a started stage has another config or another place now.
     """
     filesystem.configure(stages.stages[0].config.storage.options)
+
     store = Store(stages.url)
     states = _read_states(store)
     require_same(stages, states)
 
     num_stages = len(stages.stages)
     for number, stage in enumerate(stages.stages):
+        # Its report is written again below, in case the last call ended before that.
         if number < len(states) and states[number]["done"]:
             report_line(f"stage {stage.name} is complete: {stage.config.run_url}")
         else:
+            # Its config is stored before it trains: if this call is interrupted, the next one
+            # knows that the stage was started. The config of a stage that is not done may change.
             del states[number:]
             states.append({"name": stage.name, "config": to_mapping(stage.config), "done": False})
             _write_states(store, states)
+
             report_line(f"stage {stage.name}, {number + 1} of {num_stages}")
             train(stage.config)
             fault_injection.hit("stages.trained")
+
+            # Killed before this line, the next call starts `train` again, and the complete run
+            # ends at once.
             states[number]["done"] = True
             _write_states(store, states)
 
@@ -102,6 +110,8 @@ def require_same(stages: Stages, states: Sequence[StageState]) -> None:
     Raises:
         ConfigError: one line for the first difference.
     """
+    # A prefix: stages may be added at the end. Each starts from the one before, so none may be
+    # inserted or removed.
     names = [stage.name for stage in stages.stages]
     started = [state["name"] for state in states]
     if names[: len(started)] != started:
@@ -119,17 +129,17 @@ def require_same(stages: Stages, states: Sequence[StageState]) -> None:
             continue  # the run itself checks what may change when it resumes
         stored = load_stored_mapping(state["config"], f"stages {stages.name!r}")
         identity, operational = changes(stored, stage.config)
-        relevant = [
-            change
-            for change in operational
-            if change.path.split(".")[0] not in OPERATIONAL_SECTIONS
-        ]
-        found = [*identity, *relevant]
+        found = list(identity)
+        for change in operational:
+            if change.path.split(".")[0] not in OPERATIONAL_SECTIONS:
+                found.append(change)
         if not found:
             continue
 
         first = found[0]
-        more = f" (and {len(found) - 1} more fields)" if len(found) > 1 else ""
+        more = ""
+        if len(found) > 1:
+            more = f" (and {len(found) - 1} more fields)"
         raise ConfigError(
             [
                 f"{first.path}={first.new}: stage {stage.name} was completed with {first.old}"
@@ -142,10 +152,13 @@ def require_same(stages: Stages, states: Sequence[StageState]) -> None:
 
 def _report(stages: Stages, store: Store, last: int) -> StagesReport:
     """Return the report after stage `last`, computing scores that are missing."""
+    # scored on all stages, also on those that are not trained yet
     metrics = []
     for trained in range(last + 1):
-        scores = [_score(stages, store, trained, number) for number in range(len(stages.stages))]
-        metrics.append([score["metrics"] for score in scores])
+        row = []
+        for held_out in range(len(stages.stages)):
+            row.append(_score(stages, store, trained, held_out)["metrics"])
+        metrics.append(row)
     return stages_report.gather(stages, metrics)
 
 
@@ -166,15 +179,18 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> StoredS
     scored_config = with_scoring_data(config, run, stages.checkpoint, labels)
 
     path = f"{SCORES}/{stages.stages[trained].name}.{stages.stages[held_out].name}.json"
+    # The config of a later stage, whose data is scored, may have changed since.
     digest = _digest(scored_config)
     if store.exists(path):
         stored: StoredScore = json.loads(store.read(path))
         if stored["of"] == digest:
             return stored
 
+    # A head without a row for a label cannot predict it: no score, rather than one of 0.
     metrics: dict[str, Any] | None = None
     if not labels or collect_labels(config, config.evaluation.data) <= set(labels):
         (metrics,) = evaluate_models(scored_config, [scored_config.model.path]).values()
+
     score: StoredScore = {"of": digest, "metrics": metrics}
     store.write(path, json.dumps(score, ensure_ascii=False).encode())
     return score
@@ -194,12 +210,17 @@ def _head_labels(run: RunConfig) -> list[str]:
     """Return the labels of a run's head, in order; [] if its task has none."""
     if not task_class(run.task.name).has_labels:
         return []
+
+    # JSON has string keys, which would sort as "0", "1", "10", "2"
     label_by_id = json.loads(Store(run.run_url).read("model/config.json"))["id2label"]
     return [label_by_id[number] for number in sorted(label_by_id, key=int)]
 
 
 def _read_states(store: Store) -> list[StageState]:
-    return json.loads(store.read(STATE))["stages"] if store.exists(STATE) else []
+    if not store.exists(STATE):
+        return []
+    states: list[StageState] = json.loads(store.read(STATE))["stages"]
+    return states
 
 
 def _write_states(store: Store, states: Sequence[StageState]) -> None:

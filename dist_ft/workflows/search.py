@@ -44,28 +44,35 @@ def run(search: Search, report_line: Callable[[str], None] = print) -> SearchRep
     from dist_ft.workflows import ray_tune
 
     section = search.section
-    first_values = {
-        name: choice.values[0] if choice.values else choice.low
-        for name, choice in section.space.items()
-    }
+
+    # Always the same point of the space: when a search resumes, its stored config is compared with
+    # this one. Only fields that all trials share are read from it.
+    first_values = {}
+    for name, choice in section.space.items():
+        first_values[name] = choice.values[0] if choice.values else choice.low
     base = search.config(first_values)
+
+    # before anything is stored
     if section.search == "optuna":
         ray_tune.require_optuna()
 
     filesystem.configure(base.storage.options)
     store = Store(f"{base.run.storage.rstrip('/')}/{section.name}")
     journal = Journal(store, search, base, report_line)
+
     trials = list(journal.trials.values())
     finished = [trial for trial in trials if trial.state in FINISHED]
     unfinished = [trial for trial in trials if trial.state not in FINISHED]
     ray_tune.run(search, base, finished, unfinished, journal)
 
+    # One failed trial does not end a search, as its values may be the reason.
     if all(trial.state == "failed" for trial in journal.trials.values()):
         first = min(journal.trials)
         raise WorkerError(
             f"all {len(journal.trials)} trials of {section.name} failed. Trial {first}: "
             f"{journal.trials[first].error}"
         )
+
     report = search_report.gather(section, base, store.url, list(journal.trials.values()))
     search_report.write(store, report)
     return report
@@ -115,8 +122,11 @@ class Journal:
         """Read the stored state; refuse it if it belongs to another search."""
         if not self.store.exists(STATE):
             return
+
         stored = _migrate(json.loads(self.store.read(STATE)))
         require_same(self.search, self.base, stored)
+
+        # JSON has lists where `Trial` has tuples
         for fields in stored["trials"]:
             reports = tuple((step, value) for step, value in fields["reports"])
             self.trials[fields["number"]] = Trial(**{**fields, "reports": reports})
@@ -126,6 +136,8 @@ class Journal:
         known = self.trials.get(number)
         seconds_before = known.seconds if known else 0.0
         self._starts[number] = _Start(time.monotonic(), seconds_before)
+        # Without its reports: a resumed trial reports evaluations up to its latest checkpoint
+        # again, and repeats later ones.
         self.trials[number] = Trial(number, values, seconds=seconds_before)
 
         shown = [f"{name}={search_report.format_value(value)}" for name, value in values.items()]
@@ -137,11 +149,14 @@ class Journal:
         trial = self.trials[number]
         if step <= trial.step:
             return  # the end of a trial repeats its last report
+
         self._update(replace(trial, reports=(*trial.reports, (step, value))))
         self.report_line(f"trial {number}: step {step}, {self.base.checkpoint.best_by} {value:.4f}")
 
     def on_end(self, number: int, failed: bool) -> None:
         """Record the end of a trial: done, stopped early, or failed."""
+        # The trial itself writes how it ended. One without a result was stopped by the scheduler,
+        # or lost its process.
         run = Store(f"{self.base.run.storage.rstrip('/')}/{self.search.section.name}-t{number}")
         result = json.loads(run.read(RESULT_FILE)) if run.exists(RESULT_FILE) else {}
 
@@ -152,10 +167,13 @@ class Journal:
             state = "done"
         else:
             state = "stopped"
+
         self._update(replace(self.trials[number], state=state, error=error))
-        self.report_line(f"trial {number}: {state}" + (f": {error}" if error else ""))
+        detail = f": {error}" if error else ""
+        self.report_line(f"trial {number}: {state}{detail}")
 
     def _update(self, trial: Trial) -> None:
+        # after every event, so that a killed search loses no time of its trials
         start = self._starts[trial.number]
         seconds = start.seconds_before + time.monotonic() - start.at_s
         self.trials[trial.number] = replace(trial, seconds=round(seconds, 3))
@@ -176,6 +194,7 @@ def _migrate(state: dict[str, Any]) -> StoredSearch:
     space = {}
     for path, choice in section["space"].items():
         field = renames.RUN.fields.get(path, path)
+        # a renamed field may have renamed values too
         values = [renames.RUN.new_value(field, value) for value in choice["values"]]
         space[field] = {**choice, "values": values}
     section["space"] = space
@@ -196,6 +215,7 @@ def require_same(search: Search, base: RunConfig, stored: StoredSearch) -> None:
     Raises:
         ConfigError: one line for the first field that differs.
     """
+    # as JSON, like the stored fields: tuples of the section are lists there
     section = search.section.model_dump(mode="json")
     for name, value in stored["search"].items():
         if section[name] != value and name not in MAY_CHANGE:
@@ -208,10 +228,13 @@ def require_same(search: Search, base: RunConfig, stored: StoredSearch) -> None:
             )
 
     identity, operational = changes(load_stored_mapping(stored["base"], "tune"), base)
-    relevant = [
-        change for change in operational if change.path.split(".")[0] not in OPERATIONAL_SECTIONS
-    ]
-    for change in [*identity, *relevant]:
+
+    # what changes the result of training; a larger cluster or another log does not
+    relevant = list(identity)
+    for change in operational:
+        if change.path.split(".")[0] not in OPERATIONAL_SECTIONS:
+            relevant.append(change)
+    for change in relevant:
         raise ConfigError(
             [
                 f"{change.path}={change.new}: trials of this search used {change.old}, and their "

@@ -59,22 +59,25 @@ def gather(
     metric = base.checkpoint.best_by
 
     def rank(trial: Trial) -> tuple[bool, float, int]:
+        # trials without a value last; of equal ones, the first that was started
         return trial.value is None, best.sort_key(metric, trial.value or 0.0), trial.number
 
-    rows: list[dict[str, Any]] = [
-        {
-            "trial": trial.number,
-            "run": f"{base.run.storage.rstrip('/')}/{section.name}-t{trial.number}",
-            "values": trial.values,
-            metric: trial.value,
-            "step": trial.step,
-            "seconds": trial.seconds,
-            "state": trial.state,
-            "error": trial.error,
-            "reports": [list(report) for report in trial.reports],
-        }
-        for trial in sorted(trials, key=rank)
-    ]
+    rows: list[dict[str, Any]] = []
+    for trial in sorted(trials, key=rank):
+        rows.append(
+            {
+                "trial": trial.number,
+                "run": f"{base.run.storage.rstrip('/')}/{section.name}-t{trial.number}",
+                "values": trial.values,
+                metric: trial.value,
+                "step": trial.step,
+                "seconds": trial.seconds,
+                "state": trial.state,
+                "error": trial.error,
+                "reports": [list(report) for report in trial.reports],
+            }
+        )
+
     best_trial = next((row["trial"] for row in rows if row[metric] is not None), None)
     return {
         "name": section.name,
@@ -103,21 +106,28 @@ def as_markdown(report: SearchReport) -> str:
     """Return the trials as a Markdown table, best first, and the errors of failed ones."""
     heads = _heads(report)
     lines = [f"# {_title(report)}", ""]
+
     for row in [heads, ["---"] * len(heads), *_rows(report)]:
         lines.append(f"| {' | '.join(row)} |")
+
     lines.append("")
+    # errors are too long for a cell
     for trial in report["trials"]:
         if trial["error"]:
             lines.append(f"- trial {trial['trial']}: {trial['error']}")
+
     return "\n".join([*lines, ""])
 
 
 def as_picture(report: SearchReport) -> bytes:
     """Return a PNG: the best value so far of each trial by step, and final values by field."""
+    # not pyplot: its state is global, and it may look for a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     fields = report["fields"]
+
+    # one panel for the curves, one for each searched field
     figure = Figure(figsize=(4 * (1 + len(fields)), 3.5), layout="constrained")
     curve_axes, *field_axes = figure.subplots(1, 1 + len(fields), squeeze=False)[0]
     _plot_curves(curve_axes, report)
@@ -133,8 +143,10 @@ def _plot_curves(axes: Axes, report: SearchReport) -> None:
     for trial in report["trials"]:
         steps = [step for step, _ in trial["reports"]]
         values = [value for _, value in trial["reports"]]
+
         width = 2.5 if trial["trial"] == report["best"] else 0.8
         axes.plot(steps, values, marker=".", linewidth=width, label=f"trial {trial['trial']}")
+
     axes.set(title=report["name"], xlabel="step", ylabel=report["metric"])
     axes.legend(fontsize="small")
 
@@ -143,12 +155,17 @@ def _plot_field(axes: Axes, report: SearchReport, field: str) -> None:
     metric = report["metric"]
     scored = [trial for trial in report["trials"] if trial[metric] is not None]
     values = [trial["values"][field] for trial in scored]
+
+    # bool is a kind of int, but false and true are not places on an axis of numbers
     are_numbers = all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in values
     )
-    positions = values if are_numbers else [format_value(value) for value in values]
+    positions = values
+    if not are_numbers:
+        positions = [format_value(value) for value in values]
     axes.plot(positions, [trial[metric] for trial in scored], "o")
 
+    # a logarithm needs positive numbers
     is_positive = are_numbers and min(values, default=0) > 0
     if is_positive and max(values) / min(values) > LOG_SCALE_FROM:
         axes.set_xscale("log")
@@ -157,7 +174,9 @@ def _plot_field(axes: Axes, report: SearchReport, field: str) -> None:
 
 def format_value(value: Any) -> str:
     """Return a field's value as text."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def _title(report: SearchReport) -> str:
@@ -173,11 +192,13 @@ def _rows(report: SearchReport) -> list[list[str]]:
     rows = []
     for trial in report["trials"]:
         value = trial[report["metric"]]
+        shown_value = "-" if value is None else f"{value:.4f}"
+        searched = [format_value(trial["values"][field]) for field in report["fields"]]
         rows.append(
             [
                 str(trial["trial"]),
-                *(format_value(trial["values"][field]) for field in report["fields"]),
-                "-" if value is None else f"{value:.4f}",
+                *searched,
+                shown_value,
                 str(trial["step"]),
                 f"{trial['seconds']:.1f}",
                 trial["state"],

@@ -58,13 +58,23 @@ def gather(stages: Stages, metrics: Sequence[Sequence[Mapping[str, Any] | None]]
     matrix: list[list[float | None]] = []
     numbers: list[list[dict[str, float] | None]] = []
     for row in metrics:
-        matrix.append([None if cell is None else cell.get(stages.metric) for cell in row])
-        numbers.append([None if cell is None else _numbers(cell) for cell in row])
+        scores: list[float | None] = []
+        row_numbers: list[dict[str, float] | None] = []
+        for cell in row:
+            if cell is None:
+                scores.append(None)
+                row_numbers.append(None)
+            else:
+                scores.append(cell.get(stages.metric))
+                row_numbers.append(_numbers(cell))
+        matrix.append(scores)
+        numbers.append(row_numbers)
 
+    # the first rows only: what was known after each stage
     after: list[dict[str, float | None] | None] = []
     for count in range(1, len(matrix) + 1):
-        scores = measure_forgetting(matrix[:count], stages.metric)
-        after.append(asdict(scores) if scores else None)
+        forgetting = measure_forgetting(matrix[:count], stages.metric)
+        after.append(asdict(forgetting) if forgetting else None)
 
     return {
         "name": stages.name,
@@ -79,6 +89,7 @@ def gather(stages: Stages, metrics: Sequence[Sequence[Mapping[str, Any] | None]]
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    # tasks also report tables, such as a confusion matrix
     return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
@@ -116,14 +127,18 @@ def as_markdown(report: StagesReport) -> str:
 
 def as_picture(report: StagesReport) -> bytes:
     """Return a PNG with a line for each stage: its score after itself and after later stages."""
+    # not pyplot: its state is global, and it may look for a display
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     matrix = report["matrix"]
     num_done = len(matrix)
     names = report["stages"][:num_done]
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
+
+    # from its own stage on: before, the model was not trained on it
     for number, name in enumerate(names):
         values = [_plotted(row[number]) for row in matrix[number:]]
         axes.plot(range(number, num_done), values, marker="o", label=name)
@@ -140,7 +155,10 @@ def as_picture(report: StagesReport) -> bytes:
 
 
 def _plotted(value: float | None) -> float:
-    return float("nan") if value is None else value
+    # matplotlib leaves a gap at NaN, and refuses None
+    if value is None:
+        return float("nan")
+    return value
 
 
 def _title(report: StagesReport) -> str:
@@ -153,6 +171,7 @@ def _heads(report: StagesReport) -> list[str]:
 
 def _rows(report: StagesReport) -> list[list[str]]:
     rows = []
+    # not strict: the matrix has a row for each completed stage only
     for name, scores, summary in zip(
         report["stages"], report["matrix"], report["after"], strict=False
     ):

@@ -44,12 +44,16 @@ class Trial:
     @property
     def value(self) -> float | None:
         """The best value of checkpoint.best_by; None before the first evaluation."""
-        return self.reports[-1][1] if self.reports else None
+        if not self.reports:
+            return None
+        return self.reports[-1][1]
 
     @property
     def step(self) -> int:
         """The step of the last evaluation."""
-        return self.reports[-1][0] if self.reports else 0
+        if not self.reports:
+            return 0
+        return self.reports[-1][0]
 
 
 def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
@@ -78,6 +82,8 @@ def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
 
     filesystem.configure(config.storage.options)
     store = Store(config.run_url)
+    # The scheduler and the journal forgot the reports of earlier starts. What came after the latest
+    # checkpoint is trained and evaluated again.
     for line in _committed_evaluations(store):
         if line.get(metric) is not None:
             report_evaluation(int(line["step"]), line)
@@ -85,6 +91,7 @@ def run_trial(config: RunConfig, report: Callable[[int, float], None]) -> None:
     try:
         result = local.run(config, RunContext(callbacks=CallbackList([ReportEvaluation()])))
     except Exception as error:
+        # the search reads the reason here: the event that a trial failed does not carry it
         _write_result(store, {"error": _last_line(error)})
         raise
     _write_result(store, {"step": result.step})
@@ -95,18 +102,22 @@ def _committed_evaluations(store: Store) -> list[dict[str, Any]]:
     names = discovery.list_committed(store)
     if not names:
         return []
+
     parsed = parse_folder(names[0])
     latest_step = parsed[0] if parsed else 0
-    return [
-        line
-        for line in read_metrics(store, latest_step)
-        if line["kind"] == "evaluation" and line["step"] <= latest_step
-    ]
+    evaluations = []
+    for line in read_metrics(store, latest_step):
+        if line["kind"] == "evaluation" and line["step"] <= latest_step:
+            evaluations.append(line)
+    return evaluations
 
 
 def _last_line(error: Exception) -> str:
+    # the last line is a problem of a list ("- ..."), or the cause at the end of a longer text
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1].removeprefix("- ") if lines else type(error).__name__
+    text = type(error).__name__
+    if lines:
+        text = lines[-1].removeprefix("- ")
     return redact(text)[:MAX_ERROR_CHARS]
 
 

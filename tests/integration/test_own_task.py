@@ -116,7 +116,8 @@ def test_the_task_works_with_evaluate_predict_report_and_export(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the fox tea tea runs"}\n{"text": "the fox runs"}\n')
     run("predict", out, rows, "--out", tmp_path / "found.jsonl")
-    scores = [json.loads(line)["score"] for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "found.jsonl").read_text().splitlines()
+    scores = [json.loads(line)["prediction"]["score"] for line in lines]
     assert scores[0] > scores[1]
 
     found = json.loads(run("evaluate", write_config(base, "one"), "--model", out, "--json"))
@@ -125,8 +126,8 @@ def test_the_task_works_with_evaluate_predict_report_and_export(
     assert model_scores["accuracy"] == expected["accuracy"]
     assert model_scores["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
-    run("runs", "report", trained, "--out", tmp_path / "report.html")
-    assert "accuracy" in (tmp_path / "report.html").read_text()
+    run("runs", "report", trained, "--out", tmp_path / "report")
+    assert "accuracy" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_folder_alone_does_not_make_the_code_run(trained: Path, tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ class Request:
             "--",
             *self.command,
         ]
+
+        # The token itself is not printed: Ray reads it where `job_server.find_token` does.
         prefix = "RAY_AUTH_MODE=token " if with_token else ""
         return prefix + shlex.join(words)
 
@@ -106,6 +108,8 @@ def create_request(
     """
     options = ["--skip-check"] if skip_check else []
     command = ("python", "-m", "dist_ft.cli", "train", *options, inline_config(config))
+
+    # `exec`, so that Ray's stop signal reaches the run and not the shell in front of it
     if project.location == "local":
         folder = shlex.quote(str(project.folder))
         command = ("sh", "-c", f"cd {folder} && exec {shlex.join(command)}")
@@ -113,18 +117,24 @@ def create_request(
     environment: dict[str, Any] = {
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **variables}
     }
+
     if project.location == "package":
         environment["working_dir"] = str(project.folder)
         environment["excludes"] = list(project.excludes)
+
     metadata = {RUN_KEY: run_location(config, project.folder), NAME_KEY: config.run.name}
     return Request(name, command, environment, metadata)
 
 
 def inline_config(config: RunConfig) -> str:
     """Return the config as JSON that `load_config` accepts, without the cluster's address."""
+    # A field that differs from its default only because another field is set is left out, and then
+    # the short form gives another config.
     document = config.model_dump(mode="json", exclude_defaults=True)  # short: people read it
     if load_config(document) != config:
         document = to_mapping(config)
+
+    # The job runs inside the cluster, where the address from here may not exist.
     document.get("cluster", {}).pop("address", None)
     return json.dumps(document, ensure_ascii=False)
 
@@ -132,13 +142,18 @@ def inline_config(config: RunConfig) -> str:
 def run_location(config: RunConfig, folder: Path) -> str:
     """Return the URL of the run's folder; a relative one is relative to the project's `folder`."""
     url = config.run_url
-    return str(folder / filesystem.local_path(url)) if filesystem.is_local(url) else url
+    if filesystem.is_local(url):
+        return str(folder / filesystem.local_path(url))
+    return url
 
 
 def next_job_name(run: str, jobs: Sequence[JobInfo]) -> str:
     """Return the submission id of the run's next job: the run's name, then name-2, name-3, ..."""
+    # Ray keeps ended jobs and refuses their ids, so a run that resumes needs another one.
     used = {job["submission_id"] for job in jobs}
-    number, name = 1, run
+
+    name = run
+    number = 1
     while name in used:
         number += 1
         name = f"{run}-{number}"
@@ -147,6 +162,7 @@ def next_job_name(run: str, jobs: Sequence[JobInfo]) -> str:
 
 def find_running_job(run: str, jobs: Sequence[JobInfo]) -> JobInfo | None:
     """Return the job of the run at `run` (`run_location`) that has not ended, or None."""
+    # not by the name of the run: runs in other storages may have the same one
     for job in jobs:
         metadata = job.get("metadata") or {}
         if metadata.get(RUN_KEY) == run and job["status"] not in ENDED:
@@ -160,10 +176,14 @@ def exit_code(job: JobInfo) -> int:
         return STOPPED_CODE
     if job["status"] == "SUCCEEDED":
         return 0
+
+    # a job whose command never started has no code
     code = job.get("driver_exit_code")
     if not code:
         return 1
-    return code if code > 0 else 128 - code
+    if code < 0:
+        return 128 - code  # killed by a signal: the code that a shell reports
+    return code
 
 
 def find_variable_problems(assignments: Sequence[str]) -> Iterator[str]:
@@ -175,6 +195,7 @@ def find_variable_problems(assignments: Sequence[str]) -> Iterator[str]:
                 f"--env: {name}: not of the form NAME=VALUE. "
                 "Write for example --env NCCL_DEBUG=INFO."
             )
+        # a harmless name may carry a URL with user and password
         elif SECRET_NAME.search(name) or ("://" in value and "@" in value):
             yield (
                 f"--env {name}: looks like a credential, and Ray shows a job's environment to all "
@@ -194,23 +215,28 @@ def find_path_problems(
         shared: folders that all nodes see under the same path.
         is_local_cluster: whether all nodes are this machine.
     """
+    # the job runs in the project's folder of this machine and sees what the user sees
     if project.location == "local":
         return
+
     for path in _config_paths(config):
-        if filesystem.is_local(path.value):
-            local_path = Path(filesystem.local_path(path.value)).expanduser()
-            if not local_path.is_absolute():
-                problem = _relative_path_problem(path, project)
-            elif is_local_cluster or any(local_path.is_relative_to(folder) for folder in shared):
-                problem = None
-            else:
-                problem = (
-                    "a path of this machine, which the cluster's workers do not see. Copy it to a "
-                    "bucket (s3://...) or a folder that all nodes share, or name the shared "
-                    f"folder: --shared {local_path.anchor}{'/'.join(local_path.parts[1:2])}"
-                )
-            if problem:
-                yield f"{path.field}={path.value}: {problem}"
+        if not filesystem.is_local(path.value):
+            continue
+
+        local_path = Path(filesystem.local_path(path.value)).expanduser()
+        if not local_path.is_absolute():
+            problem = _relative_path_problem(path, project)
+        elif is_local_cluster or any(local_path.is_relative_to(folder) for folder in shared):
+            problem = None
+        else:
+            # suggest the top folder, where shares are usually mounted
+            problem = (
+                "a path of this machine, which the cluster's workers do not see. Copy it to a "
+                "bucket (s3://...) or a folder that all nodes share, or name the shared "
+                f"folder: --shared {local_path.anchor}{'/'.join(local_path.parts[1:2])}"
+            )
+        if problem:
+            yield f"{path.field}={path.value}: {problem}"
 
 
 class _ConfigPath(NamedTuple):
@@ -227,18 +253,21 @@ def _relative_path_problem(path: _ConfigPath, project: Project) -> str | None:
             "would be stored in the job's own copy of the project, which is deleted with the job. "
             "Use a bucket (s3://...) or the absolute path of a folder that all nodes share."
         )
+
     if project.location == "image" or is_excluded(path.value, project.excludes):
         remedy = " Or upload the project: --package" if project.location == "image" else ""
         return (
             "a relative path, which is not uploaded. Use a bucket or an absolute path that all "
             f"nodes see.{remedy}"
         )
+
     if not _exists_in(project.folder, path.value):
         return f"not in the project's folder {project.folder}, which is uploaded. Correct the path."
     return None
 
 
 def _exists_in(folder: Path, value: str) -> bool:
+    # Paths may be globs. What lies above the folder is not uploaded.
     pattern = os.path.normpath(value)
     return not pattern.startswith("..") and any(True for _ in folder.glob(pattern))
 
@@ -247,6 +276,7 @@ def _config_paths(config: RunConfig) -> Iterator[_ConfigPath]:
     """Yield all values of the config that may be paths."""
     yield _ConfigPath("run.storage", config.run.storage, is_output=True)
 
+    # a name on the hub is downloaded by the workers, so it is no path
     for field, name in (
         ("model.path", config.model.path),
         ("model.tokenizer", config.model.tokenizer),
@@ -272,4 +302,5 @@ def _config_paths(config: RunConfig) -> Iterator[_ConfigPath]:
 
 
 def _is_hub_name(value: str) -> bool:
+    # "org/model" may also be a folder here; then the local one is meant
     return bool(_HUB_NAME.match(value)) and not os.path.exists(value)

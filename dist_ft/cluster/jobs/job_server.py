@@ -100,13 +100,19 @@ def resolve_url(address: str | None) -> str:
     Raises:
         ConfigError: it is not the URL of a job server.
     """
+    # RAY_ADDRESS is also where `ray.init` connects: then it is HOST:6379, which is no job server
+    default = DEFAULT_URL
     ray_address = os.environ.get("RAY_ADDRESS", "")
-    default = ray_address if ray_address.startswith("http") else DEFAULT_URL
+    if ray_address.startswith("http"):
+        default = ray_address
     url = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or default).rstrip("/")
+
+    # `parts.port` raises ValueError for what is not a port number
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
+
     raise ConfigError(
         [
             f"--address={redact(url)}: not the URL of a job server. Use http://HOST:8265 (or "
@@ -131,6 +137,7 @@ def find_token() -> str | None:
         file = Path(path) if path else Path.home() / ".ray/auth_token"
         return file.read_text("utf-8").strip() or None
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
+        # RuntimeError: there is no home folder. Only a file that was named must exist.
         if path:
             raise ConfigError(
                 [
@@ -155,8 +162,11 @@ class Server:
         """Use the URL from `resolve_url`; nothing is requested yet."""
         self.url = url
         self.display_url = redact(url)
+        self.headers: dict[str, str] = {}
+
         token = find_token()
-        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+        if token:
+            self.headers["Authorization"] = f"Bearer {token}"
 
     def request(self, path: str, method: str = "GET") -> Any:
         """Return the JSON answer.
@@ -173,6 +183,7 @@ class Server:
                 method, self.url + path, headers=self.headers, timeout=REQUEST_TIMEOUT_S
             )
         except (requests.RequestException, ValueError) as error:
+            # ValueError: a token or a URL that HTTP cannot carry
             raise UnreachableError(
                 f"--address={self.display_url}: no job server of Ray answers there "
                 f"({_connection_problem(error)}). Check that the cluster runs, its port (8265) and "
@@ -180,15 +191,18 @@ class Server:
             ) from error
 
         self._require_access(answer.status_code)
+        # on any other path, 404 means that this is no job server
         if answer.status_code == 404 and path.startswith("/api/jobs/"):
             name = path.split("/")[3]
             raise UnknownJobError(
                 f"{name}: no such job at {self.display_url}. See dist-ft jobs list."
             )
+
         try:
             answer.raise_for_status()
             return answer.json()
         except (requests.RequestException, ValueError) as error:
+            # ValueError: a web page in place of JSON
             raise WorkerError(
                 f"--address={self.display_url}: answers {answer.status_code} to {path}, as no job "
                 "server of Ray does. Check the address, and that Ray 2.60 or newer runs there."
@@ -200,6 +214,7 @@ class Server:
             if self.headers:
                 problem = "the token was rejected: it belongs to another cluster or is outdated"
             raise WorkerError(f"--address={self.display_url}: {problem}. {TOKEN_HELP}")
+
         if status_code in (502, 503, 504):
             raise UnreachableError(
                 f"--address={self.display_url}: the proxy in front of the job server answers "
@@ -208,6 +223,7 @@ class Server:
 
     def jobs(self) -> list[JobInfo]:
         """Return all submitted jobs that the cluster knows."""
+        # the list also has drivers that connected by themselves; they have no submission id
         return [job for job in self.request("/api/jobs/") if job.get("submission_id")]
 
     def job(self, name: str) -> JobInfo:
@@ -228,23 +244,28 @@ class Server:
         ray = str(self.request("/api/version").get("ray_version", "0"))
         if _major_minor(ray) < OLDEST_RAY:
             return Versions(ray, None)  # an old Ray does not report more
+
         metadata = self.request("/api/v0/cluster_metadata")["data"]
         return Versions(ray, metadata.get("pythonVersion"))
 
     def nodes(self) -> list[Node]:
         """Return the nodes that are alive."""
+        # without a limit, the state API returns 100 nodes
         states = self.request("/api/v0/nodes?limit=10000")["data"]["result"]["result"]
         usage = self._usage_by_node()
+
         nodes = []
         for state in states:
             if state["state"] == "ALIVE":
                 total = state["resources_total"]
                 free = free_resources(total, usage.get(state["node_id"], {}))
                 nodes.append(Node(state["node_ip"], total, free))
+
         return nodes
 
     def _usage_by_node(self) -> Any:
         """Return {node id: {resource: [used, total]}}, or {} if that is not known."""
+        # Not a public API: if its answer has another form, all resources count as free.
         with contextlib.suppress(WorkerError, KeyError, TypeError, AttributeError):
             status = self.request("/api/cluster_status")["data"]["clusterStatus"]
             return status["loadMetricsReport"]["usageByNode"] or {}
@@ -255,9 +276,13 @@ def free_resources(
     total: Mapping[str, float], usage: Mapping[str, Sequence[float]]
 ) -> dict[str, float]:
     """Return how much of `total` is free; `usage` is [used, total] of some of the resources."""
-    return {
-        name: count - (usage[name][0] if name in usage else 0.0) for name, count in total.items()
-    }
+    free = {}
+    for name, count in total.items():
+        used = 0.0
+        if name in usage:
+            used = usage[name][0]
+        free[name] = count - used
+    return free
 
 
 def find_version_problem(
@@ -270,6 +295,7 @@ def find_version_problem(
             f"Ray {cluster_ray} runs there, which is too old. Ray {OLDEST_RAY[0]}.{OLDEST_RAY[1]} "
             f"or newer is needed, best {ray} as here. Update the cluster's image."
         )
+
     remedy = "Use the same version in both places, or pass --any-version."
     if _major_minor(cluster_ray) != _major_minor(ray):
         return f"Ray {cluster_ray} runs there, and Ray {ray} here. {remedy}"
@@ -280,24 +306,29 @@ def find_version_problem(
 
 def check_capacity(nodes: Sequence[Node], config: RunConfig) -> CapacityCheck:
     """Return whether the run's workers fit on `nodes`, and whether they do now."""
-    per_worker, num_workers = worker_resources(config), config.min_workers
+    # an elastic run starts with the fewest workers
+    num_workers = config.min_workers
+    per_worker = worker_resources(config)
     share = ", ".join(f"{count:g} {name}" for name, count in per_worker.items())
     plural = "s" if num_workers > 1 else ""
     needed = f"{num_workers} worker{plural} with {share} each"
 
     num_fit = count_workers_that_fit([node.total for node in nodes], per_worker)
     if num_fit < num_workers:
-        totals = ", ".join(
-            f"{sum(node.total.get(name, 0) for node in nodes):g} {name}" for name in per_worker
-        )
+        totals = []
+        for name in per_worker:
+            total = sum(node.total.get(name, 0) for node in nodes)
+            totals.append(f"{total:g} {name}")
         return CapacityCheck(
             problem=(
                 f"cluster.workers={num_workers}: {needed} are needed, and the cluster "
-                f"({len(nodes)} nodes, {totals}) has room for {num_fit}. Lower cluster.workers, "
-                "add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them."
+                f"({len(nodes)} nodes, {', '.join(totals)}) has room for {num_fit}. Lower "
+                "cluster.workers, add nodes, or set cluster.wait_for_nodes=true if an autoscaler "
+                "adds them."
             )
         )
 
+    # the cluster is large enough, but other jobs may use it at the moment
     num_fit_now = count_workers_that_fit([node.free for node in nodes], per_worker)
     if num_fit_now < num_workers:
         timeout = f"cluster.start_timeout_s={config.cluster.start_timeout_s:g}"
@@ -314,14 +345,17 @@ def count_workers_that_fit(
     nodes: Sequence[Mapping[str, float]], per_worker: Mapping[str, float]
 ) -> int:
     """Return how many workers that reserve `per_worker` fit on nodes with these resources."""
-    return sum(
-        min(
-            math.floor(node.get(name, 0) / count + 1e-9)
-            for name, count in per_worker.items()
-            if count
-        )
-        for node in nodes
-    )
+    num_workers = 0
+    for node in nodes:
+        num_by_resource = []
+        for name, count in per_worker.items():
+            if count:
+                # 0.3 CPUs hold three workers of 0.1, but 0.3 / 0.1 is below 3 in floating point
+                num_by_resource.append(math.floor(node.get(name, 0) / count + 1e-9))
+
+        # the scarcest resource decides; what is left on one node does not help another
+        num_workers += min(num_by_resource)
+    return num_workers
 
 
 def are_all_local(nodes: Sequence[Node]) -> bool:
@@ -330,7 +364,9 @@ def are_all_local(nodes: Sequence[Node]) -> bool:
 
 
 def _is_own_address(ip: str) -> bool:
+    # The system only binds a socket to an address of this machine. Nothing is sent.
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((ip, 0))
@@ -340,14 +376,17 @@ def _is_own_address(ip: str) -> bool:
 
 
 def _major_minor(version: str) -> tuple[int, int]:
+    # "3" and "3.0rc1" are versions too; what has no digits counts as 0, which is too old
     numbers = []
     for part in f"{version}.0".split(".")[:2]:
         digits = "".join(filter(str.isdigit, part))
         numbers.append(int(digits or 0))
+
     return numbers[0], numbers[1]
 
 
 def _connection_problem(error: Exception) -> str:
+    # requests gives the cause of a failed connection in its text only
     text = str(error)
     if "refused" in text:
         return "connection refused"

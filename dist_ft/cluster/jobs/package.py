@@ -64,6 +64,8 @@ _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 def files(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
     """Yield the paths of the uploaded files, relative to `folder`."""
     try:
+        # Ray respects .gitignore when it packs a folder, so git lists what it will upload:
+        # tracked files, and untracked ones that are not ignored. -z: names may contain anything.
         listed = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=folder,
@@ -76,6 +78,7 @@ def files(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
         names = list(_walk(folder, "", excludes))
 
     for name in names:
+        # git also lists tracked files that were deleted, submodules (folders) and dangling links
         if not is_excluded(name, excludes) and (folder / name).is_file():
             yield name
 
@@ -84,6 +87,7 @@ def _walk(folder: Path, subfolder: str, excludes: Sequence[str]) -> Iterator[str
     """Yield all files below a folder, without excluded folders, which may be large."""
     for entry in sorted(os.scandir(folder / subfolder), key=lambda entry: entry.name):
         path = os.path.join(subfolder, entry.name)
+        # not through links to folders, which may lead in circles
         if entry.is_dir(follow_symlinks=False):
             if not is_excluded(path, excludes):
                 yield from _walk(folder, path, excludes)
@@ -95,9 +99,12 @@ def is_excluded(path: str, excludes: Sequence[str] = EXCLUDES) -> bool:
     """Return whether a relative path, or a folder above it, is excluded."""
     parts = Path(path).parts
     for pattern in excludes:
+        # as in .gitignore: a slash at the end does not anchor a pattern
         is_anchored = "/" in pattern.rstrip("/")
+
         for depth, name in enumerate(parts):
             if is_anchored:
+                # each folder above the file too: a pattern that matches it excludes its files
                 matches = fnmatch.fnmatch("/".join(parts[: depth + 1]), pattern.strip("/"))
             else:
                 matches = fnmatch.fnmatch(name, pattern.rstrip("/"))
@@ -110,9 +117,11 @@ def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[
     """Yield a line for each reason not to upload `folder`."""
     secrets = _secrets_of_environment()
     remedy = "Exclude it (--exclude, .gitignore) or remove it. Nothing was uploaded."
+
     sizes: dict[str, int] = {}
     for name in files(folder, excludes):
         sizes[name] = (folder / name).stat().st_size
+
         with open(folder / name, "rb") as file:
             content = file.read(SCANNED_BYTES)
 
@@ -120,8 +129,10 @@ def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[
         secret = None
         if variables:
             secret = f"the value of {variables[0]}"
+        # Python code and its tests may contain the marker as a pattern, as this module does.
         elif _PRIVATE_KEY.search(content) and not name.endswith(".py"):
             secret = "a private key"
+
         if secret:
             yield (
                 f"--project: {name} contains {secret}, and the project is uploaded to the cluster. "
@@ -130,6 +141,7 @@ def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[
 
     total = sum(sizes.values())
     if total > MAX_BYTES:
+        # uncompressed, as the archive does not exist yet: an upper bound of what Ray measures
         largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
         yield (
             f"--project={folder}: {total / 2**20:.0f} MiB would be uploaded, at most "
@@ -142,6 +154,7 @@ def _secrets_of_environment() -> dict[bytes, str]:
     """Return {value: name} of the environment variables that look like credentials."""
     secrets = {}
     for name, value in os.environ.items():
+        # A path is public, and a short value would be found in any file.
         is_path = name.endswith(("_PATH", "_FILE"))
         if len(value) >= 8 and SECRET_NAME.search(name) and not is_path:
             secrets[value.encode()] = name

@@ -98,38 +98,54 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
     """
     server = server_at(options.address)
     folder = Path(options.project).expanduser().resolve()
-    problems = [] if options.skip_check else _check_config(config)
+
+    # all problems are collected, and raised together at the end
+    problems: list[str] = []
+    if not options.skip_check:
+        problems = _check_config(config)
     if config.max_workers == 0:
         problems.append(
             "cluster.workers=0: trains in one process, but a job needs workers. Set it to 1 or "
             "more."
         )
+
     problems += job_request.find_variable_problems(options.variables)
+
     if not folder.is_dir():
         problems.append(f"--project={options.project}: no such folder. Correct the path.")
+        # any existing folder: the remaining checks still run, and nothing is submitted
         folder = Path.cwd()
 
+    # Raises at once: an old Ray does not answer the requests below.
     _require_versions(server, options.any_version)
     nodes = server.nodes()
+
     is_local_cluster = are_all_local(nodes)
     project = Project(
         _project_location(options.packaged, is_local_cluster),
         folder,
         [*package.EXCLUDES, *options.excludes],
     )
+
     problems += job_request.find_path_problems(config, project, options.shared, is_local_cluster)
     if project.location == "package":
         problems += package.find_problems(folder, project.excludes)
+
     capacity = check_capacity(nodes, config)
     if capacity.problem and not config.cluster.wait_for_nodes:
         problems.append(capacity.problem)
+
     if problems:
         raise ConfigError([redact(problem) for problem in problems], f"submit {config.run.name}")
 
+    # Two jobs of one run would write to the same folder, so a running one is attached to.
     jobs = server.jobs()
     running = job_request.find_running_job(job_request.run_location(config, folder), jobs)
+
+    # An attached job has its workers already, so the notice would be wrong for it.
     if capacity.wait_notice and running is None:
         print_line(capacity.wait_notice)
+
     request = job_request.create_request(
         config,
         project,
@@ -153,8 +169,11 @@ def _require_versions(server: Server, any_version: bool) -> None:
 
 
 def _project_location(packaged: bool | None, is_local_cluster: bool) -> ProjectLocation:
-    if packaged or (packaged is None and not is_local_cluster):
+    if packaged is None:
+        packaged = not is_local_cluster
+    if packaged:
         return "package"
+
     return "local" if is_local_cluster else "image"
 
 
@@ -162,6 +181,7 @@ def _check_config(config: RunConfig) -> list[str]:
     """Return the problems from `dist-ft check`, without storage and this machine's devices."""
     from dist_ft.runtime.preflight import check_run
 
+    # With an address, the check does not compare the run with this machine's CPUs and GPUs.
     cluster = config.cluster.model_copy(update={"address": "auto"})
     return check_run.check(config.model_copy(update={"cluster": cluster}), write_storage=False)
 
@@ -173,6 +193,7 @@ def submit(server: Server, request: Request) -> None:
         WorkerError: the cluster rejects the job.
     """
     try:
+        # The client uploads `working_dir` inside this call, so an OSError may come from packing.
         _client(server).submit_job(
             entrypoint=request.entrypoint,
             submission_id=request.name,
@@ -181,6 +202,7 @@ def submit(server: Server, request: Request) -> None:
         )
     except (RuntimeError, ValueError, OSError) as error:
         reason = redact(" ".join(str(error).split()))[-300:]
+        # Ray's reason may be a server's traceback over many lines; its end names the cause.
         raise WorkerError(
             f"job {request.name}: the cluster rejected it ({reason}). Nothing was started. Try "
             "again, or see dist-ft jobs list."
@@ -191,10 +213,14 @@ def _client(server: Server) -> Any:
     """Return Ray's client; without the variable it would use the environment's address."""
     from ray.job_submission import JobSubmissionClient
 
+    # Ray's client overrides the given address with this variable, or with RAY_ADDRESS if it is
+    # not set. Both may name another cluster.
     previous = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = server.url
+
     try:
         _silence_client()
+
         return JobSubmissionClient(server.url, headers=dict(server.headers))
     finally:
         os.environ.pop("RAY_API_SERVER_ADDRESS")
@@ -224,6 +250,7 @@ class Follower:
         self._name = name
         self._write = write
         self._print_line = print_line
+
         self._num_written = 0  # characters of the log
         self._answered_at = time.monotonic()
         self._is_interrupted = False
@@ -243,9 +270,12 @@ class Follower:
             except Exception as error:  # of sockets, of HTTP, of Ray: the log is requested again
                 self._note_interruption(error)
 
+            # The end of a stream says nothing about the job: a proxy may have cut it. Its status
+            # decides.
             try:
                 job = self._server.job(self._name)
                 if job["status"] in ENDED:
+                    # The stream may end before the last lines were sent; the stored log has all.
                     self._write_new(self._server.log(self._name), 0)
                     return job
                 self._answered_at = time.monotonic()
@@ -257,6 +287,7 @@ class Follower:
             except UnreachableError as error:
                 self._note_interruption(error)
                 self._require_answer(error)
+
             time.sleep(POLL_S)
 
     def _require_answer(self, error: UnreachableError) -> None:
@@ -267,6 +298,7 @@ class Follower:
             ) from error
 
     def _note_interruption(self, error: Exception) -> None:
+        # one notice for each interruption, not one for each attempt to connect again
         if not self._is_interrupted:
             self._print_line(
                 f"the log of job {self._name} was interrupted ({type(error).__name__}); the job "
@@ -276,20 +308,24 @@ class Follower:
 
     async def _stream(self) -> None:
         """Write new text until the stream ends; each stream starts at the beginning of the log."""
+        # characters, not bytes: parts are decoded, and `_num_written` counts the same
         position = 0
         stream = _client(self._server).tail_job_logs(self._name)
         try:
             while True:
+                # A half-open connection looks like a job that prints nothing; a new one is cheap.
                 text = await asyncio.wait_for(anext(stream), SILENT_S)
                 self._write_new(text, position)
                 position += len(text)
         except (StopAsyncIteration, asyncio.TimeoutError):
             return
         finally:
+            # closes the websocket in this event loop, which ends with this call
             await stream.aclose()
 
     def _write_new(self, text: str, position: int) -> None:
         """Write the part of `text`, which is at `position` of the log, that was not written yet."""
+        # A stream starts over, so the first part of `text`, or all of it, may be written already.
         new_text = text[max(0, self._num_written - position) :]
         if new_text:
             self._num_written += len(new_text)
@@ -309,15 +345,20 @@ def stop(server: Server, name: str, print_line: PrintLine) -> JobInfo:
         print_line(f"job {name} has already ended ({job['status']})")
         return job
 
+    # Ray sends SIGTERM now, and SIGKILL after the job's own grace period.
     server.stop(name)
     variables = (job.get("runtime_env") or {}).get("env_vars", {})
     grace_s = variables.get("RAY_JOB_STOP_WAIT_TIME_S", DEFAULT_GRACE_S)
+
     print_line(f"sent job {name} a stop request; it saves first (killed after {grace_s} s)")
     until = time.monotonic() + float(grace_s) + LOST_S
+
     while job["status"] not in ENDED:
         if time.monotonic() > until:
             raise WorkerError(f"job {name}: did not end in time. See dist-ft jobs logs {name}.")
+
         time.sleep(POLL_S)
+        # a head that is busy with the stop may not answer for a moment
         with contextlib.suppress(UnreachableError):
             job = server.job(name)
     return job

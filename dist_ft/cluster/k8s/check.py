@@ -79,6 +79,7 @@ def check(paths: Sequence[str], crds: str | None = None, version: str = "") -> C
 
     documents = load_manifests.read_documents(paths)
     schemas = crd.load_schemas(crds) if crds else {}
+
     return check_documents(documents, schemas, version or kubernetes_validate.latest_version())
 
 
@@ -102,7 +103,8 @@ def check_documents(
         try:
             problems = list(_check_rules(document, documents))
         except (TypeError, AttributeError, ValueError, KeyError) as error:
-            # only possible for an object that no schema was available for
+            # Only an object without a known schema gets here. The rules read its fields without
+            # checking their types first.
             has_unexpected_structure = True
             problems = [
                 Problem(
@@ -113,8 +115,12 @@ def check_documents(
             ]
         lines += [document.describe(problem) for problem in problems]
 
+    # One malformed object could be what another refers to: a missing policy or budget would be a
+    # consequence of its problem, not a problem of its own.
     if len(well_formed) == len(documents) and not has_unexpected_structure:
         lines += cross_object_checks.check_together(documents)
+
+    # Objects of different files may have the same problem. dict keeps the order, a set does not.
     return CheckReport(len(documents), list(dict.fromkeys(lines)), list(dict.fromkeys(notes)))
 
 
@@ -122,17 +128,19 @@ def _check_rules(document: Document, documents: Sequence[Document]) -> Iterator[
     """Yield what the operator refuses, and what our checklist finds in the object."""
     if document.kind in RAY_KINDS:
         yield from operator_rules.check_operator_rules(document.content)
+
+    # a rule about one object, but the object's namespace decides which capabilities are allowed
     allow_locked_memory = cross_object_checks.allows_locked_memory(document.namespace, documents)
     yield from object_checks.check_object(document.content, allow_locked_memory)
 
 
 def require_packages() -> None:
     """Raise ConfigError if a package that the check needs is not installed."""
-    missing = [
-        package
-        for module, package in REQUIRED_PACKAGES.items()
-        if importlib.util.find_spec(module) is None
-    ]
+    # all are looked up before the first is imported, so that one command installs all of them
+    missing = []
+    for module, package in REQUIRED_PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            missing.append(package)
     if missing:
         raise ConfigError(
             [
@@ -147,6 +155,7 @@ def _check_structure(
     document: Document, schemas: crd.Schemas, version: str, notes: list[str]
 ) -> Iterator[Problem]:
     """Yield what an API server would refuse."""
+    # without kind and version there is no schema to choose, so other problems would be guesses
     content = document.content
     for field in ("apiVersion", "kind"):
         if not isinstance(lookup(content, field), str):
@@ -159,6 +168,7 @@ def _check_structure(
     if document.kind in RAY_KINDS:
         yield from _check_ray_resource(document, schemas, version, notes)
         return
+
     problems = _check_core_resource(content, version)
     if problems is None:
         note = f"no schema of {content['apiVersion']} is known; only our checklist was applied"
@@ -188,6 +198,8 @@ def _check_ray_resource(
     else:
         yield from crd.check_schema(content, schema, notes)
 
+    # The CRD does not describe the pods in a Ray resource: its templates accept any field. They
+    # are checked as if they were pods of their own.
     for path, template in object_checks.pod_templates(content):
         pod = {"apiVersion": "v1", "kind": "Pod", **template}
         for problem in _check_core_resource(pod, version) or ():

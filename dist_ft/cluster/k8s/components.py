@@ -72,21 +72,28 @@ def _add(path: str, value: Any) -> Json:
 def _fixed_size(sizes: Sizing, num_pods: int) -> list[Json]:
     """Return operations that give a run's group `num_pods` pods without autoscaling."""
     fields = ("replicas", "minReplicas", "maxReplicas")
+
     operations = [_replace(f"{GROUP}/{field}", num_pods) for field in fields]
+    # Kueue and a trial decide the size once. Without the autoscaler, the head does not need the
+    # token of its service account any more.
     if sizes.elastic:
         operations += [
             _replace(f"{CLUSTER}/enableInTreeAutoscaling", False),
             _replace(f"{HEAD}/automountServiceAccountToken", False),
         ]
+
     return operations
 
 
 def _kueue(options: Options, sizes: Sizing) -> Component:
+    # Suspended at first: Kueue admits the job as a whole, so it reserves the most pods that the
+    # run may use. Growing later would be outside its quota.
     operations = [
         _add("/metadata/labels/kueue.x-k8s.io~1queue-name", options.queue),
         _replace("/spec/suspend", True),
         *_fixed_size(sizes, sizes.max_pods),
     ]
+
     return Component(
         "Kueue admits the job when its queue has quota for all of it. The queue must exist.",
         [Patch("RayJob", operations)],
@@ -95,13 +102,18 @@ def _kueue(options: Options, sizes: Sizing) -> Component:
 
 def _spot(options: Options, sizes: Sizing) -> Component:
     key, value = options.spot_label.split("=", 1)
+    # in JSON pointers (RFC 6901), "~" is escaped first, as escapes of "/" contain one
     escaped_key = key.replace("~", "~0").replace("/", "~1")
+
+    # the node disappears after its notice, whether the save is complete or not
     drain_s = min(sizes.drain_s, options.spot_notice_s - SPOT_DELAY_S)
+
     toleration = {"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"}
     not_on_spot = {"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}
     node_affinity = {
         "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [not_on_spot]}
     }
+
     operations = [
         _add(f"{WORKER}/nodeSelector/{escaped_key}", value),
         _add(f"{WORKER}/tolerations/-", toleration),
@@ -110,6 +122,7 @@ def _spot(options: Options, sizes: Sizing) -> Component:
         _add(f"{HEAD}/affinity", {"nodeAffinity": node_affinity}),
         _replace("/spec/backoffLimit", SPOT_RESTARTS),
     ]
+
     return Component(
         "Workers on spot nodes, drained within the notice; the head on other nodes.",
         [Patch("RayJob", operations)],
@@ -123,13 +136,19 @@ def _with_locked_memory(
 
     The restricted standard does not allow it, so the component uses a separate namespace.
     """
-    device_operations = [
-        _add(f"{WORKER_CONTAINER}/resources/{bound}/{name.replace('/', '~1')}", amount)
-        for bound in ("requests", "limits")
-        for name, amount in devices.items()
-    ]
+    # Kubernetes requires that requests of devices and huge pages equal their limits
+    device_operations = []
+    for bound in ("requests", "limits"):
+        for name, amount in devices.items():
+            path = f"{WORKER_CONTAINER}/resources/{bound}/{name.replace('/', '~1')}"
+            device_operations.append(_add(path, amount))
+
+    # RDMA registers memory with the network card, which pins its pages.
     capability = _add(f"{WORKER_CONTAINER}/securityContext/capabilities/add", ["IPC_LOCK"])
+
+    # Only `enforce`: audit and warn stay restricted, so other deviations are still reported.
     level = _replace("/metadata/labels/pod-security.kubernetes.io~1enforce", "privileged")
+
     return Component(
         about,
         [
@@ -175,8 +194,11 @@ def _gcs_fault_tolerance(config: RunConfig, options: Options) -> Component:
     port = int(options.redis.rsplit(":", 1)[1])
     password = {"valueFrom": {"secretKeyRef": {"name": options.redis_secret, "key": "password"}}}
     redis = {"redisAddress": options.redis, "redisPassword": password}
+
+    # The Redis may run in any namespace or outside the cluster; only its port is known.
     peers: list[Json] = [{"namespaceSelector": {}}, {"ipBlock": ALL_ADDRESSES}]
     egress = {"to": peers, "ports": [{"protocol": "TCP", "port": port}]}
+
     return Component(
         "Ray's control plane stores its state in your Redis: worker pods survive the loss of the "
         "head, and the job resumes from storage.",
@@ -189,21 +211,28 @@ def _gcs_fault_tolerance(config: RunConfig, options: Options) -> Component:
 
 def _development(config: RunConfig, options: Options, sizes: Sizing) -> Component:
     """Return the changes for a short trial of the run; the model must fit on one node."""
+    # A run of its own name: the trial must not resume the real run. 47 characters are allowed, and
+    # "-dev" takes four of them.
+    name = f"{config.run.name[:43].rstrip('-')}-dev"
     overrides = [
-        f"run.name={config.run.name[:43].rstrip('-')}-dev",
+        f"run.name={name}",
         f"cluster.workers={sizes.workers_per_pod}",
         "schedule.epochs=null",
         f"schedule.steps={DEVELOPMENT_STEPS}",
     ]
+
     operations = [
         _replace("/spec/entrypoint", entrypoint(*overrides)),
         _replace("/spec/backoffLimit", 1),
         _replace("/spec/ttlSecondsAfterFinished", 6 * TTL_S),
         *_fixed_size(sizes, 1),
     ]
+
+    # the base keeps as many workers as the real run needs, which the one pod could never satisfy
     budget = Patch(
         "PodDisruptionBudget", [_replace("/spec/minAvailable", 1)], f"{config.run.name}-worker"
     )
+
     return Component(
         "A short trial on one node: a separate run in a separate namespace, which stays longer for "
         "inspection.",
@@ -214,10 +243,12 @@ def _development(config: RunConfig, options: Options, sizes: Sizing) -> Componen
 
 def _production(config: RunConfig, options: Options) -> Component:
     labels = {"kubernetes.io/metadata.name": options.metrics_namespace}
+
     ingress = {
         "from": [{"namespaceSelector": {"matchLabels": labels}}],
         "ports": [{"protocol": "TCP", "port": RAY_PORTS["metrics"]}],
     }
+
     return Component(
         "Production: S3 by the role of a service account, metrics for Prometheus.",
         [Patch("NetworkPolicy", [_add("/spec/ingress/-", ingress)], config.run.name)],

@@ -24,6 +24,7 @@ def find_config_problems(config: RunConfig, options: Options) -> list[str]:
     """Return what Kubernetes would refuse of the config, and paths that pods cannot see."""
     problems = []
     name = config.run.name
+    # The operator derives names of other objects from this one, and appends to them.
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", name):
         problems.append(
             f"run.name={name}: not allowed by Kubernetes as the name of a RayJob. It must start "
@@ -51,7 +52,9 @@ def find_config_problems(config: RunConfig, options: Options) -> list[str]:
             f"data.cache_dir={cache}: not an absolute path. Pods mount their disk there. Use an "
             "absolute path, or remove it."
         )
+
     nvme_path = config.zero.nvme_path
+    # a slash at both ends: "/cache" is not a folder above "/cache2"
     if nvme_path and not f"{nvme_path}/".startswith(cache.rstrip("/") + "/"):
         problems.append(
             f"zero.nvme_path={nvme_path}: not on a disk of the pods, which have one at "
@@ -77,8 +80,10 @@ def _path_fields(config: RunConfig) -> Iterator[_PathField]:
         names_or_paths.append((f"data.train.{i}.path", source.path))
     for i, source in enumerate(config.evaluation.data):
         names_or_paths.append((f"evaluation.data.{i}.path", source.path))
+
     for field, path in names_or_paths:
-        # a name on the hub has no leading dot, no glob and no file suffix
+        # A name on the hub has no leading dot, no glob and no file suffix. Whether a file of that
+        # name exists here does not matter: pods would not see it.
         if path and (path[0] in "./~" or "*" in path or path.endswith(FILE_SUFFIXES)):
             yield _PathField(field, path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ def load_schemas(path: str) -> Schemas:
         try:
             text = file.read_text(encoding="utf-8")
             is_json = file.suffix == ".json"
+            # a YAML file may hold several documents, a JSON file holds one
             for content in [json.loads(text)] if is_json else yaml.safe_load_all(text):
                 schemas |= dict(_iter_schemas(content, file))
         except (yaml.YAMLError, ValueError, OSError) as error:
@@ -103,6 +105,7 @@ def load_schemas(path: str) -> Schemas:
                 ],
                 "k8s check",
             ) from error
+
     if not schemas:
         raise ConfigError(
             [f"--crd={path}: contains no CRD and no schema. Create one with: {EXPORT_COMMAND}"],
@@ -114,6 +117,8 @@ def load_schemas(path: str) -> Schemas:
 def _iter_schemas(content: Any, file: Path) -> Iterator[tuple[SchemaKey, Json]]:
     if not isinstance(content, dict):
         return
+
+    # `kubectl get` returns one object as itself, several as a List
     if content.get("kind") == "List" or isinstance(content.get("items"), list):
         for item in content["items"]:
             yield from _iter_schemas(item, file)
@@ -142,11 +147,15 @@ def check_schema(content: Json, schema: Json, notes: list[str]) -> Iterator[Prob
 
     content = copy.deepcopy(content)
     _fill_defaults(content, schema)
+
     validator = jsonschema.Draft202012Validator(strict_json_schema(schema))
     errors = list(validator.iter_errors(content))
+
     for error in errors:
         message = error.message.replace("\n", " ")[:MAX_MESSAGE_LENGTH]
         yield Problem(format_path(error.absolute_path), message)
+
+    # rules assume the types that the schema promises, and would fail in other ways
     if not errors:
         yield from _check_duplicates(content, schema)
         yield from _check_rules(content, schema, notes)
@@ -169,6 +178,7 @@ def strict_json_schema(schema: Json) -> Json:
             converted[f"exclusive{bound}"] = converted.pop(bound.lower())
         elif converted.get(f"exclusive{bound}") is False:
             del converted[f"exclusive{bound}"]
+
     for keyword in ("allOf", "anyOf", "oneOf"):
         if keyword in schema and not is_int_or_string:
             converted[keyword] = [_without_unknown_field_check(part) for part in schema[keyword]]
@@ -177,16 +187,22 @@ def strict_json_schema(schema: Json) -> Json:
     if "items" in schema:
         converted["items"] = strict_json_schema(schema["items"])
     if "properties" in schema:
-        converted["properties"] = {
-            name: strict_json_schema(part) for name, part in schema["properties"].items()
-        }
+        properties = {}
+        for name, part in schema["properties"].items():
+            properties[name] = strict_json_schema(part)
+        converted["properties"] = properties
 
     additional = schema.get("additionalProperties")
     allows_unknown = schema.get("x-kubernetes-preserve-unknown-fields")
+
+    # Without strict validation, the API server drops unknown fields silently ("pruning"). Here they
+    # are errors, because they are misspelled names. A schema without properties accepts anything.
     if isinstance(additional, dict):
         converted["additionalProperties"] = strict_json_schema(additional)
     elif schema.get("properties") and additional is None and not allows_unknown:
         converted["additionalProperties"] = False
+
+    # `nullable` is OpenAPI's word; JSON Schema lists null as a type
     if schema.get("nullable") and isinstance(converted.get("type"), str):
         converted["type"] = [converted["type"], "null"]
     return converted
@@ -201,6 +217,7 @@ def _without_unknown_field_check(schema: Any) -> Any:
 
 def _fill_defaults(value: Any, schema: Json) -> None:
     """Fill in defaults, in place, as the API server does before it evaluates rules."""
+    # A default is filled in before the values in it: it may lack fields that have defaults.
     if isinstance(value, dict):
         for name, part in schema.get("properties", {}).items():
             if name not in value and "default" in part:
@@ -238,11 +255,16 @@ def _check_duplicates(content: Json, schema: Json) -> Iterator[Problem]:
     for value, part, path in _iter_values(content, schema):
         if not isinstance(value, list) or part.get("x-kubernetes-list-type") not in ("map", "set"):
             continue
+
+        # as JSON, because entries may be mappings, which cannot be hashed
         keys = part.get("x-kubernetes-list-map-keys")
-        entries = [
-            json.dumps([entry.get(key) for key in keys] if keys else entry) for entry in value
-        ]
-        for duplicate in sorted({entry for entry in entries if entries.count(entry) > 1}):
+        entries = []
+        for entry in value:
+            identity = [entry.get(key) for key in keys] if keys else entry
+            entries.append(json.dumps(identity))
+
+        duplicates = {text for text, count in Counter(entries).items() if count > 1}
+        for duplicate in sorted(duplicates):
             name = ", ".join(keys or ["value"])
             yield Problem(format_path(path), f"{name} {duplicate} is not unique. Remove one.")
 
@@ -256,6 +278,7 @@ def _check_rules(content: Json, schema: Json, notes: list[str]) -> Iterator[Prob
         for rule in part.get("x-kubernetes-validations", ()):
             if "oldSelf" in rule["rule"]:
                 continue
+
             try:
                 program = environment.program(environment.compile(rule["rule"]))
                 holds = bool(program.evaluate({"self": celpy.json_to_cel(value)}))
@@ -264,6 +287,7 @@ def _check_rules(content: Json, schema: Json, notes: list[str]) -> Iterator[Prob
                 note = f"a rule of the schema cannot be evaluated here: {rule['rule']}"
                 notes.append(f"{format_path(path)}: {note}")
                 continue
+
             if not holds:
                 message = rule.get("message") or f"violates the rule {rule['rule']}"
                 yield Problem(format_path(path), str(message))

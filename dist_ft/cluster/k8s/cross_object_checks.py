@@ -32,22 +32,27 @@ def check_together(documents: Sequence[Document]) -> Iterator[str]:
     """Yield a line for each problem of objects that should fit together."""
     policies = [document for document in documents if document.kind == "NetworkPolicy"]
     budgets = [document for document in documents if document.kind == "PodDisruptionBudget"]
-    all_pods = [
-        _Pods(document, path, lookup(template, "metadata", "labels", default={}))
-        for document in documents
-        for path, template in pod_templates(document.content)
-    ]
+
+    all_pods = []
+    for document in documents:
+        for path, template in pod_templates(document.content):
+            labels = lookup(template, "metadata", "labels", default={})
+            all_pods.append(_Pods(document, path, labels))
 
     for pods in all_pods:
         if ray_cluster(pods.document.content) is not None:
             yield from _check_coverage(pods, policies, budgets)
+
+    # One kind of rule after the other: the report lists problems in the order that they are found.
     for policy in policies:
         yield from _check_dashboard_access(policy)
     for budget in budgets:
         yield from _check_budget(budget, all_pods)
+
     for document in documents:
         if document.kind == "Namespace":
             yield from _check_namespace(document, documents)
+
     yield from _check_references(documents)
 
 
@@ -55,11 +60,14 @@ def _check_coverage(
     pods: _Pods, policies: Sequence[Document], budgets: Sequence[Document]
 ) -> Iterator[str]:
     """Yield whether a network policy or a disruption budget is missing for pods of Ray."""
-    has_policy = any(
-        _selects(policy, "podSelector", pods)
-        and "Ingress" in lookup(policy.content, "spec", "policyTypes", default=["Ingress"])
-        for policy in policies
-    )
+    # a policy without policyTypes applies to ingress
+    has_policy = False
+    for policy in policies:
+        if _selects(policy, "podSelector", pods):
+            types = lookup(policy.content, "spec", "policyTypes", default=["Ingress"])
+            if "Ingress" in types:
+                has_policy = True
+                break
     if not has_policy:
         yield pods.document.describe(
             Problem(
@@ -68,6 +76,7 @@ def _check_coverage(
                 "their ports. Add one, or pass its file too.",
             )
         )
+
     if not any(_selects(budget, "selector", pods) for budget in budgets):
         yield pods.document.describe(
             Problem(
@@ -81,11 +90,14 @@ def _check_coverage(
 def _selects(selecting: Document, field: str, pods: _Pods) -> bool:
     """Whether a policy or budget selects pods; an empty selector selects all."""
     selector = lookup(selecting.content, "spec", field, default=None)
+    # no selector at all selects nothing, unlike an empty one
     if selector is None or selecting.namespace != pods.document.namespace:
         return False
+
     required = lookup(selector, "matchLabels", default={})
     if any(pods.labels.get(key) != value for key, value in required.items()):
         return False
+
     expressions = lookup(selector, "matchExpressions", default=[])
     return all(_matches(pods.labels, expression) for expression in expressions)
 
@@ -93,12 +105,16 @@ def _selects(selecting: Document, field: str, pods: _Pods) -> bool:
 def _matches(labels: dict[str, str], expression: dict[str, Any]) -> bool:
     value = labels.get(str(expression.get("key")))
     values = lookup(expression, "values", default=[])
+
+    # As in Kubernetes: NotIn also matches pods that do not have the label.
     results = {
         "In": value in values,
         "NotIn": value not in values,
         "Exists": value is not None,
         "DoesNotExist": value is None,
     }
+
+    # an unknown operator matches nothing, so that a missing policy is reported
     return results.get(str(expression.get("operator")), False)
 
 
@@ -121,8 +137,10 @@ def _includes_dashboard_port(rule: dict[str, Any]) -> bool:
         return True  # all ports
     for entry in entries:
         port = lookup(entry, "port")
+        # a port may be the name that the pods give it
         if port == "dashboard":
             return True
+
         if isinstance(port, int) and port <= DASHBOARD_PORT <= (lookup(entry, "endPort") or port):
             return True
     return False
@@ -136,10 +154,13 @@ def _admits_other_namespaces(rule: dict[str, Any]) -> bool:
     for peer in peers:
         if lookup(peer, "ipBlock") is not None:
             return True
+
+        # A namespaceSelector alone admits every pod of these namespaces.
         names_pods = any(
             lookup(peer, "podSelector", field, default={})
             for field in ("matchLabels", "matchExpressions")
         )
+
         if lookup(peer, "namespaceSelector") is not None and not names_pods:
             return True
     return False
@@ -153,7 +174,9 @@ def _check_budget(budget: Document, all_pods: Sequence[_Pods]) -> Iterator[str]:
                 "selects no pods of these files. Correct its labels or its namespace.",
             )
         )
+
     spec = lookup(budget.content, "spec", default={})
+    # Kubernetes computes maxUnavailable and percentages from the scale of the pods' owner.
     if "maxUnavailable" in spec or isinstance(lookup(spec, "minAvailable"), str):
         yield budget.describe(
             Problem(
@@ -181,6 +204,7 @@ def _check_namespace(document: Document, documents: Sequence[Document]) -> Itera
 
 def allows_locked_memory(namespace: str, documents: Sequence[Document]) -> bool:
     """Whether a namespace is labeled privileged and a pod in it requests an RDMA device."""
+    # Both must be true: a privileged namespace without devices would only lower the standard.
     is_privileged = any(
         document.kind == "Namespace"
         and document.name == namespace
@@ -219,6 +243,8 @@ class _Reference(NamedTuple):
 def _check_references(documents: Sequence[Document]) -> Iterator[str]:
     """Yield references to objects that no file contains, for kinds that some file contains."""
     known = {(document.kind, document.namespace, document.name) for document in documents}
+
+    # An object of a kind that no file contains may exist in the cluster already.
     kinds = {kind for kind, _, _ in known}
     for document in documents:
         for path, template in pod_templates(document.content):
@@ -238,6 +264,7 @@ def _references(template: dict[str, Any], namespace: str) -> Iterator[_Reference
     spec = lookup(template, "spec", default={})
     account = lookup(spec, "serviceAccountName")
     yield _Reference("ServiceAccount", namespace, account, "serviceAccountName")
+
     priority = lookup(spec, "priorityClassName")
     yield _Reference("PriorityClass", "", priority, "priorityClassName")
 

@@ -70,8 +70,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _load_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    # resolves merge keys (<<), so that an inherited key and an own one are not taken for duplicates
     mapping: dict[Any, Any] = {}
     loader.flatten_mapping(node)
+
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         if key in mapping:
@@ -101,8 +103,10 @@ def read_documents(paths: Sequence[str]) -> list[Document]:
     Raises:
         ConfigError: lists everything that cannot be read.
     """
+    # A mistake in one file does not hide those in others.
     documents: list[Document] = []
     problems: list[str] = []
+
     for path in paths:
         try:
             documents += _read(Path(path))
@@ -129,6 +133,7 @@ def _read(path: Path) -> Iterator[Document]:
         if (path / name).is_file():
             return _read_kustomize_folder(path, path / name)
 
+    # Not recursive, as `kubectl apply -f`. Sorted, so that the report does not depend on the disk.
     files = sorted(file for file in path.iterdir() if file.suffix in (".yaml", ".yml"))
     return _read_files(files)
 
@@ -144,6 +149,7 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
     Raises:
         ConfigError: names the line that is not YAML.
     """
+    # YAML is parsed lazily; all of it is parsed here, where a syntax error names its line
     try:
         contents = list(yaml.load_all(text, Loader=_Loader))
     except yaml.YAMLError as error:
@@ -153,8 +159,10 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
         raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from error
 
     for content in contents:
+        # an empty document, such as the one after a last "---"
         if content is None:
             continue
+
         is_list = isinstance(content, dict) and content.get("kind") == "List"
         for item in content["items"] if is_list else [content]:
             if not isinstance(item, dict):
@@ -164,6 +172,7 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
                         "mapping. Correct it."
                     ]
                 )
+
             yield Document(name, item)
 
 
@@ -178,6 +187,8 @@ def _read_kustomize_folder(folder: Path, file: Path) -> Iterator[Document]:
             ]
         )
 
+    # A folder from `dist-ft k8s render` has a kustomization that changes nothing: it can be checked
+    # where kustomize is not installed. Resources may also be folders or URLs.
     resources = content.get("resources") or []
     only_lists = content.keys() <= {"apiVersion", "kind", "resources"}
     if only_lists and all((folder / name).is_file() for name in resources):
@@ -187,8 +198,11 @@ def _read_kustomize_folder(folder: Path, file: Path) -> Iterator[Document]:
 
 def _run_kustomize(folder: Path) -> str:
     """Return what kubectl or kustomize builds from a folder."""
-    commands = (["kubectl", "kustomize"], ["kustomize", "build"])
-    command = next((command for command in commands if shutil.which(command[0])), None)
+    command: list[str] | None = None
+    for candidate in (["kubectl", "kustomize"], ["kustomize", "build"]):
+        if shutil.which(candidate[0]):
+            command = candidate
+            break
     if command is None:
         raise ConfigError(
             [
@@ -215,6 +229,7 @@ def _run_kustomize(folder: Path) -> str:
         ) from error
 
     if done.returncode:
+        # warnings come first, the error last
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ConfigError([f"{folder}: {command[0]} cannot build it ({reason}). Correct it."])
     return done.stdout

@@ -38,6 +38,8 @@ def build_objects(config: RunConfig, options: Options) -> dict[str, list[Json]]:
         raise ConfigError(problems, f"run {config.run.name} on Kubernetes")
 
     sizes = compute_sizing(config, options)
+
+    # from here on, the config is the one that pods run: the ConfigMap stores it
     config = config_in_cluster(config)
     metadata = {"namespace": options.namespace, "labels": run_labels(config)}
     files = {
@@ -52,8 +54,10 @@ def build_objects(config: RunConfig, options: Options) -> dict[str, list[Json]]:
         ],
         "rayjob.yaml": [_ray_job(config, options, sizes, metadata)],
     }
+
     if options.claim:
         files["claim.yaml"] = [_volume_claim(options)]
+
     return files
 
 
@@ -62,7 +66,9 @@ def config_in_cluster(config: RunConfig) -> RunConfig:
 
     It uses the cluster around the pods and their own disk, and waits for lost pods.
     """
+    # wait_for_nodes: a new node for a lost pod may take longer than cluster.start_timeout_s.
     cluster = config.cluster.model_copy(update={"address": "auto", "wait_for_nodes": True})
+
     data = config.data.model_copy(update={"cache_dir": config.data.cache_dir or CACHE_MOUNT})
     return config.model_copy(update={"cluster": cluster, "data": data})
 
@@ -127,6 +133,7 @@ def _ray_cluster(config: RunConfig, options: Options, sizes: Sizing) -> Json:
             "securityContext": pods.SECURITY,
         }
 
+    # no CPUs for Ray, so that no worker is placed on the head, whose loss ends the job
     cluster["headGroupSpec"] = {
         "serviceType": "ClusterIP",
         "template": pods.head_template(config, options, sizes),
@@ -136,6 +143,7 @@ def _ray_cluster(config: RunConfig, options: Options, sizes: Sizing) -> Json:
             "object-store-memory": str(OBJECT_STORE_BYTES),
         },
     }
+
     cluster["workerGroupSpecs"] = [
         {
             "groupName": "workers",
@@ -146,6 +154,7 @@ def _ray_cluster(config: RunConfig, options: Options, sizes: Sizing) -> Json:
             "template": pods.worker_template(config, options, sizes),
         }
     ]
+
     return cluster
 
 
@@ -256,9 +265,12 @@ def _google_metadata_egress(config: RunConfig) -> list[Json]:
 
     Empty for other stores.
     """
+    # Other runs do not get it: through this address a pod could get the identity of its node.
     urls = [config.run.storage, config.model.path, *(source.path for source in config.data.train)]
     if not any(url.startswith(("gs://", "gcs://")) for url in urls):
         return []
+
+    # which of the two addresses a policy sees depends on the data plane of the cluster
     servers = [{"ipBlock": {"cidr": f"169.254.169.{last}/32"}} for last in (252, 254)]
     return [{"to": servers, "ports": _ports("TCP", 80, 987, 988)}]
 
@@ -272,7 +284,10 @@ def _egress_ports(config: RunConfig) -> list[int]:
     for settings in config.storage.options.values():
         url = urlsplit(str(settings.get("endpoint_url") or ""))
         if url.hostname:
-            ports.add(url.port or (80 if url.scheme == "http" else 443))
+            default_port = 80 if url.scheme == "http" else 443
+            ports.add(url.port or default_port)
+
+    # sorted: the same config must render to the same file
     return sorted(ports)
 
 

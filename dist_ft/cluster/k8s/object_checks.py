@@ -46,6 +46,7 @@ def pod_templates(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]
         for path, group in ray_groups(cluster.spec):
             if isinstance(lookup(group, "template"), dict):
                 yield f"{cluster.path}.{path}.template", group["template"]
+
         submitter = lookup(content, "spec", "submitterPodTemplate")
         if isinstance(submitter, dict):
             yield "spec.submitterPodTemplate", submitter
@@ -79,13 +80,16 @@ def check_object(content: dict[str, Any], allow_locked_memory: bool = False) -> 
             capability IPC_LOCK.
     """
     for path, template in pod_templates(content):
+        # a pod is its own template, at the empty path
         spec_path = f"{path}.spec" if path else "spec"
         yield from check_pod(template, spec_path, allow_locked_memory)
         yield from _check_containers(template, spec_path)
+
     cluster = ray_cluster(content)
     if cluster is not None:
         for problem in _check_cluster(cluster.spec):
             yield Problem(f"{cluster.path}.{problem.path}", problem.message)
+
     if content.get("kind") == "RayJob":
         yield from _check_job(content)
     yield from secret_scan.find_secrets(content)
@@ -116,12 +120,15 @@ def _check_cluster(cluster: dict[str, Any]) -> Iterator[Problem]:
             "no token authentication, so whoever reaches the port can run code in the cluster. "
             "Set authOptions: {mode: token}.",
         )
+
+    # the operator adds the autoscaler's container, which no template lists
     if lookup(cluster, "enableInTreeAutoscaling", default=False):
         yield from check_security_context(
             lookup(cluster, "autoscalerOptions", "securityContext", default={}),
             "autoscalerOptions.securityContext",
             {},
         )
+
     for path, group in ray_groups(cluster):
         if path == "headGroupSpec":
             yield from _check_head(group)
@@ -137,6 +144,8 @@ def _check_head(group: dict[str, Any]) -> Iterator[Problem]:
             'is not "0", so workers may be scheduled on the head, whose loss ends the job. Set it '
             "to that.",
         )
+
+    # the head's service can be set in two places
     service_types = {
         lookup(group, "serviceType"),
         lookup(group, "headService", "spec", "type"),
@@ -147,6 +156,7 @@ def _check_head(group: dict[str, Any]) -> Iterator[Problem]:
             f"{', '.join(sorted(service_types))} opens the dashboard and job ports beyond the "
             "cluster. Use ClusterIP and kubectl port-forward.",
         )
+
     if lookup(group, "enableIngress", default=False):
         yield Problem(
             "headGroupSpec.enableIngress", "opens the dashboard beyond the namespace. Remove it."
@@ -156,9 +166,11 @@ def _check_head(group: dict[str, Any]) -> Iterator[Problem]:
 def _check_worker(template: dict[str, Any]) -> Iterator[Problem]:
     """Yield what would cost a worker its last save, or its collectives their memory."""
     spec = lookup(template, "spec", default={})
+    # Ray's container is the first one; the operator relies on it too
     container = lookup(spec, "containers", 0, default={})
     command = lookup(container, "lifecycle", "preStop", "exec", "command", default=[])
     hook = " ".join(map(str, command))
+
     grace_s = lookup(spec, "terminationGracePeriodSeconds", default=DEFAULT_GRACE_S)
     deadline = re.search(r"--deadline-remaining-seconds[ =](\d+)", hook)
     drain_s = int(deadline[1]) if deadline else None
@@ -181,6 +193,7 @@ def _check_worker(template: dict[str, Any]) -> Iterator[Problem]:
             f"{grace_s} s is not longer than the drain of {drain_s} s, which counts toward it. "
             "Raise it.",
         )
+
     yield from _check_save_time(template, grace_s, drain_s)
     yield from _check_shared_memory(spec, container)
 
@@ -197,10 +210,12 @@ def _check_save_time(
         )
         return
 
+    # without the annotation the time is not known, but no save takes less than a second
     save_s = max(int(annotation), 1)
     periods = [("spec.terminationGracePeriodSeconds", "grace period", grace_s)]
     if drain_s is not None:
         periods.append(("spec.containers[0].lifecycle.preStop", "drain", drain_s))
+
     for path, name, seconds in periods:
         if seconds < save_s:
             yield Problem(
@@ -211,11 +226,11 @@ def _check_save_time(
 
 
 def _check_shared_memory(spec: dict[str, Any], container: dict[str, Any]) -> Iterator[Problem]:
-    mounts = {
-        lookup(mount, "mountPath"): lookup(mount, "name")
-        for mount in lookup(container, "volumeMounts", default=[])
-    }
+    mounts = {}
+    for mount in lookup(container, "volumeMounts", default=[]):
+        mounts[lookup(mount, "mountPath")] = lookup(mount, "name")
     volume_name = mounts.get("/dev/shm")
+
     volumes = lookup(spec, "volumes", default=[])
     volume = next((one for one in volumes if lookup(one, "name") == volume_name), None)
     size = lookup(volume, "emptyDir", "sizeLimit")
@@ -227,6 +242,7 @@ def _check_shared_memory(spec: dict[str, Any], container: dict[str, Any]) -> Ite
         )
         return
 
+    # Pages of a memory volume are charged to the container that writes them.
     memory = lookup(container, "resources", "limits", "memory")
     try:
         is_too_large = memory is not None and (
@@ -237,6 +253,7 @@ def _check_shared_memory(spec: dict[str, Any], container: dict[str, Any]) -> Ite
             "spec.volumes", f"sizeLimit={size} or memory={memory} is not a quantity. Correct it."
         )
         return
+
     if is_too_large:
         yield Problem(
             "spec.volumes",
@@ -254,24 +271,30 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
             f"with {mode}, a broken log stream may fail a healthy run (kuberay#4921). Use "
             "HTTPMode.",
         )
+
+    # a job on an existing cluster (clusterSelector) cannot get a new one
     if lookup(spec, "backoffLimit", default=0) < 1 and lookup(spec, "clusterSelector") is None:
         yield Problem(
             "spec.backoffLimit",
             "no retries, so the loss of the head ends the run. Set at least 1; the run resumes "
             "from storage.",
         )
+
     is_shut_down = lookup(spec, "shutdownAfterJobFinishes", default=False)
     if not is_shut_down and not lookup(spec, "deletionStrategy"):
         yield Problem(
             "spec.shutdownAfterJobFinishes",
             "is off, so GPUs are paid for after the end of the job. Set it to true.",
         )
+
+    # A run finds its checkpoints by its name. `$` and backquotes: the shell computes the name.
     entrypoint = str(lookup(spec, "entrypoint", default=""))
     if re.search(r"run\.name=\S*[$`]", entrypoint):
         yield Problem(
             "spec.entrypoint",
             "run.name differs at each start, so nothing is resumed. Use a fixed name.",
         )
+
     if lookup(spec, "jobId"):
         yield Problem(
             "spec.jobId",
@@ -284,6 +307,7 @@ def _check_exposure(content: dict[str, Any]) -> Iterator[Problem]:
     service_type = lookup(content, "spec", "type", default="ClusterIP")
     if kind == "Service" and service_type in ("LoadBalancer", "NodePort"):
         yield Problem("spec.type", f"{service_type} opens ports beyond the cluster. Use ClusterIP.")
+
     if kind == "Ingress":
         yield Problem(
             "kind",

@@ -37,6 +37,7 @@ def check_operator_rules(content: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(cluster, dict):
         return
 
+    # a RayJob passes its own annotations on to its cluster
     annotations = lookup(content, "metadata", "annotations", default={})
     for problem in _check_cluster(cluster, annotations):
         yield Problem(f"{path}.{problem.path}", problem.message)
@@ -53,11 +54,14 @@ def _check_cluster(cluster: dict[str, Any], annotations: dict[str, str]) -> Iter
 def _check_name(content: dict[str, Any]) -> Iterator[Problem]:
     name = str(lookup(content, "metadata", "name", default=""))
     max_length = MAX_NAME_LENGTH[content["kind"]]
+
+    # the operator appends suffixes to the name, and names of services have at most 63 characters
     if len(name) > max_length:
         yield Problem(
             "metadata.name",
             f"has {len(name)} characters. The operator allows at most {max_length}. Shorten it.",
         )
+
     if name and not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield Problem(
             "metadata.name",
@@ -79,15 +83,19 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
             "spec.ttlSecondsAfterFinished",
             "needs shutdownAfterJobFinishes: true. Set that, or remove it.",
         )
+
     if not is_shut_down and is_suspended:
         yield Problem("spec.suspend", "needs shutdownAfterJobFinishes: true. Set that.")
+
     if selector is None and lookup(spec, "rayClusterSpec") is None:
         yield Problem("spec", "has neither rayClusterSpec nor clusterSelector. Add one.")
+
     if selector is not None and (backoff > 0 or is_suspended):
         yield Problem(
             "spec.clusterSelector",
             "cannot be combined with backoffLimit or suspend. Remove it or those.",
         )
+
     if mode == "InteractiveMode" and backoff > 0:
         yield Problem(
             "spec.backoffLimit",
@@ -100,6 +108,7 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
         "activeDeadlineSeconds": 1,
         "preRunningDeadlineSeconds": 1,
     }
+
     for field, minimum in minimums.items():
         if isinstance(lookup(spec, field), int) and spec[field] < minimum:
             yield Problem(f"spec.{field}", f"{spec[field]} is below {minimum}. Raise it.")
@@ -109,10 +118,12 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _check_runtime_environment(spec: dict[str, Any]) -> Iterator[Problem]:
+    # a string with YAML in it, which no schema looks into
     try:
         environment = yaml.safe_load(lookup(spec, "runtimeEnvYAML", default="{}"))
     except yaml.YAMLError:
         environment = None
+
     if not isinstance(environment, dict):
         yield Problem("spec.runtimeEnvYAML", "is not a YAML mapping. Correct it.")
 
@@ -125,15 +136,19 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
     path = "spec.deletionStrategy"
     rules = lookup(strategy, "deletionRules", default=[])
     legacy = [name for name in ("onSuccess", "onFailure") if lookup(strategy, name) is not None]
+
     if rules and is_shut_down:
         yield Problem(
             f"{path}.deletionRules",
             "cannot be combined with shutdownAfterJobFinishes: true. Remove one of them.",
         )
+
     if rules and legacy:
         yield Problem(
             path, f"deletionRules cannot be combined with {' and '.join(legacy)}. Remove one."
         )
+
+    # the two old fields only work together
     if not rules and len(legacy) < 2:
         yield Problem(path, "needs deletionRules, or both onSuccess and onFailure. Add these.")
 
@@ -141,8 +156,10 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
     for index, rule in enumerate(rules):
         rule_path = f"{path}.deletionRules[{index}]"
         condition = lookup(rule, "condition", default={})
+
         if lookup(condition, "ttlSeconds", default=0) < 0:
             yield Problem(f"{rule_path}.condition.ttlSeconds", "is below 0. Raise it.")
+
         statuses = condition.get("jobStatus"), condition.get("jobDeploymentStatus")
         key = str((rule.get("policy"), *statuses))
         if key in seen:
@@ -156,6 +173,7 @@ def ray_groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (path, group) of the head group and of the worker groups."""
     if isinstance(lookup(cluster, "headGroupSpec"), dict):
         yield "headGroupSpec", cluster["headGroupSpec"]
+
     for index, group in enumerate(lookup(cluster, "workerGroupSpecs", default=[])):
         if isinstance(group, dict):
             yield f"workerGroupSpecs[{index}]", group
@@ -165,6 +183,7 @@ def _check_groups(cluster: dict[str, Any]) -> Iterator[Problem]:
     is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
     for path, group in ray_groups(cluster):
         params = lookup(group, "rayStartParams", default={})
+
         if not lookup(group, "template", "spec", "containers"):
             yield Problem(f"{path}.template.spec.containers", "has no container. Add one.")
 
@@ -176,10 +195,13 @@ def _check_groups(cluster: dict[str, Any]) -> Iterator[Problem]:
                 f"cannot be combined with rayStartParams of {', '.join(in_params)}. Set resources "
                 "in one place.",
             )
+
         if "labels" in params:
             yield Problem(
                 f"{path}.rayStartParams.labels", "is not allowed. Use the group's labels."
             )
+
+        # the head is one pod; only worker groups have a size
         if path != "headGroupSpec":
             yield from _check_replicas(path, group, is_scaled)
 
@@ -191,10 +213,12 @@ def _check_replicas(path: str, group: dict[str, Any], is_scaled: bool) -> Iterat
             path,
             "without enableInTreeAutoscaling, minReplicas and maxReplicas are required. Set both.",
         )
+
     if isinstance(minimum, int) and isinstance(maximum, int) and minimum > maximum:
         yield Problem(
             f"{path}.minReplicas", f"{minimum} is more than maxReplicas={maximum}. Lower it."
         )
+
     if any(isinstance(number, int) and number < 0 for number in (minimum, maximum)):
         yield Problem(path, "minReplicas or maxReplicas is below 0. Raise it.")
 
@@ -202,15 +226,20 @@ def _check_replicas(path: str, group: dict[str, Any], is_scaled: bool) -> Iterat
 def environment_variables(group: dict[str, Any]) -> dict[str, Any]:
     """Return the environment of a group's first container: name to value (None: by reference)."""
     entries = lookup(group, "template", "spec", "containers", 0, "env", default=[])
-    return {
-        str(entry.get("name")): entry.get("value") for entry in entries if isinstance(entry, dict)
-    }
+    variables = {}
+    for entry in entries:
+        if isinstance(entry, dict):
+            variables[str(entry.get("name"))] = entry.get("value")
+    return variables
 
 
 def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
     is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
     options = lookup(cluster, "autoscalerOptions", default={})
     head_environment = environment_variables(lookup(cluster, "headGroupSpec", default={}))
+
+    # Two ways to request the second version. Only the option makes the operator check the groups'
+    # restart policies.
     is_v2_by_variable = head_environment.get(AUTOSCALER_V2) in ("1", "true")
     is_v2_by_option = options.get("version") == "v2"
 
@@ -225,10 +254,12 @@ def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
             f"cannot be combined with {AUTOSCALER_V2} in the head's environment. Remove the "
             "variable.",
         )
+
     if lookup(options, "idleTimeoutSeconds", default=0) < 0:
         yield Problem("autoscalerOptions.idleTimeoutSeconds", "is below 0. Raise it.")
 
     has_v2 = (is_scaled and is_v2_by_option) or is_v2_by_variable
+
     for path, group in ray_groups(cluster):
         policy = lookup(group, "template", "spec", "restartPolicy", default="Never")
         if is_scaled and is_v2_by_option and policy != "Never":
@@ -236,13 +267,17 @@ def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
                 f"{path}.template.spec.restartPolicy",
                 f"{policy} is not supported by autoscaler v2. Set Never.",
             )
+
         if group.get("suspend") and path != "headGroupSpec":
             yield Problem(
                 f"{path}.suspend",
                 "suspending a worker group needs a feature that is off by default. Remove it.",
             )
+
         if has_v2:
             continue
+
+        # fields of a group that version 1 ignores
         for field in ("idleTimeoutSeconds", "priority"):
             if lookup(group, field, default=0):
                 yield Problem(
@@ -259,6 +294,7 @@ def _check_authentication(cluster: dict[str, Any]) -> Iterator[Problem]:
         return
 
     ray_version = str(lookup(cluster, "rayVersion", default=""))
+    # not anchored at the end: nightly versions have a suffix, such as 2.52.0.dev0
     match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", ray_version)
     if not match:
         yield Problem(
@@ -277,6 +313,7 @@ def _check_features(cluster: dict[str, Any]) -> Iterator[Problem]:
     for field, gate in FEATURE_GATES.items():
         if lookup(cluster, field) is None:
             continue
+
         message = f"needs the operator's feature {gate}, which is off by default. Remove it"
         if field == "networkPolicy":
             message += " (the run's own NetworkPolicy does not need it)"
@@ -296,6 +333,8 @@ def _check_fault_tolerance(
             "headGroupSpec",
             "REDIS_USERNAME is not allowed here. Use gcsFaultToleranceOptions.redisUsername.",
         )
+
+    # without the options, fault tolerance can be configured by an annotation, the old way
     if options is None:
         is_enabled = annotations.get("ray.io/ft-enabled", "").lower() == "true"
         if "RAY_REDIS_ADDRESS" in variables and not is_enabled:
@@ -310,6 +349,7 @@ def _check_fault_tolerance(
             "gcsFaultToleranceOptions",
             "cannot be combined with the annotation ray.io/ft-enabled. Remove the annotation.",
         )
+
     for name in ("RAY_REDIS_ADDRESS", "REDIS_PASSWORD"):
         if name in variables:
             yield Problem(
@@ -317,11 +357,13 @@ def _check_fault_tolerance(
                 f"{name} cannot be combined with gcsFaultToleranceOptions, which sets it. Remove "
                 "it.",
             )
+
     if params.get("redis-password"):
         yield Problem(
             "headGroupSpec.rayStartParams.redis-password",
             "cannot be combined with gcsFaultToleranceOptions. Set it there.",
         )
+
     backend = lookup(options, "backend", default="redis")
     if backend == "redis" and lookup(options, "storage") is not None:
         yield Problem(

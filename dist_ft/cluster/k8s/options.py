@@ -26,14 +26,18 @@ def _require_pinned_image(image: str) -> str:
 
 def find_image_problem(image: str) -> str | None:
     """Return why the reference `image` is not pinned to one image, or None if it is. Pure."""
+    # HOST:PORT/NAME:TAG@DIGEST; a colon before the last slash belongs to the port
     name, _, digest = image.partition("@")
     tag = name.rsplit("/", 1)[-1].partition(":")[2]
+
     if digest:
         if re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
             return None
         return "the digest is not sha256: and 64 hexadecimal digits. Correct it."
+
     if not tag:
         return "has no tag, which means latest, a tag that moves. Add a tag or a digest."
+
     if tag == "latest":
         return "the tag latest moves. Use another tag or a digest."
     return None
@@ -142,6 +146,7 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
         ConfigError: lists all unknown options and invalid values.
     """
     values = {name: value for name, value in named.items() if value is not None}
+
     problems = []
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
@@ -150,6 +155,7 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
                 f"--set={assignment}: unknown option. Use NAME=VALUE with one of these names: "
                 f"{', '.join(Options.model_fields)}."
             )
+        # the only option with several values; pydantic converts the text of all others
         elif name == "node_selector":
             values[name] = tuple(value.split(","))
         else:
@@ -159,9 +165,11 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
         options = Options.model_validate(values)
     except ValidationError as error:
         for detail in error.errors():
+            # Our validators say what to do themselves; pydantic's messages only say what is wrong.
             message = detail["msg"].removeprefix("Value error, ").rstrip(".")
             advice = "" if detail["type"] == "value_error" else ". Correct it"
             problems.append(f"{detail['loc'][0]}={detail['input']}: {message}{advice}.")
+
     if problems:
         raise ConfigError(problems, "k8s render")
     return options

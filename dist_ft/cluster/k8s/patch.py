@@ -58,8 +58,10 @@ def apply_component(objects: Sequence[Json], component: Component) -> list[Json]
                 for op in patch.ops:
                     _apply_operation(document, op)
 
+    # after the patches, as in kustomize
     if component.namespace:
         for document in changed:
+            # a namespace has none, but is the one that the others move to
             if document["kind"] not in CLUSTER_SCOPED:
                 document["metadata"]["namespace"] = component.namespace
             elif document["kind"] == "Namespace":
@@ -73,20 +75,25 @@ def _apply_operation(document: Json, op: Json) -> None:
     Raises:
         KeyError, IndexError: its path does not exist.
     """
+    # "~1" first: the other way around, the escape "~01" of the text "~1" would become "/"
     steps = [step.replace("~1", "/").replace("~0", "~") for step in op["path"].split("/")[1:]]
+
     target: Any = document
     for step in steps[:-1]:
         target = target[int(step)] if isinstance(target, list) else target[step]
 
     key: Any = steps[-1]
+    # "-" is the place after the last entry
     if isinstance(target, list):
         key = len(target) if key == "-" else int(key)
 
     if op["op"] in ("replace", "remove"):
         target[key]  # must exist
+
     if op["op"] == "remove":
         del target[key]
     elif op["op"] == "add" and isinstance(target, list):
+        # a copy, as one patch may apply to several objects, which later patches change separately
         target.insert(key, copy.deepcopy(op["value"]))
     else:
         target[key] = copy.deepcopy(op["value"])

@@ -50,6 +50,7 @@ def check_pod(
             )
 
     pod_context = lookup(spec, "securityContext", default={})
+    # Ephemeral containers are missing: no manifest declares them.
     for kind in ("initContainers", "containers"):
         for index, container in enumerate(lookup(spec, kind, default=[])):
             container_path = f"{path}.{kind}[{index}]"
@@ -59,6 +60,7 @@ def check_pod(
                 pod_context,
                 allow_locked_memory,
             )
+
             for number, port in enumerate(lookup(container, "ports", default=[])):
                 if lookup(port, "hostPort", default=0):
                     yield Problem(
@@ -86,17 +88,21 @@ def check_security_context(
         """Return a field of the container, else of its pod."""
         return lookup(context, field, default=lookup(pod_context, field, default=default))
 
+    # these two exist only per container; the pod cannot set them for all
     if lookup(context, "allowPrivilegeEscalation", default=True):
         yield Problem(
             f"{path}.allowPrivilegeEscalation", f"must be false under {STANDARD}. Set it."
         )
     if lookup(context, "privileged", default=False):
         yield Problem(f"{path}.privileged", f"is not allowed by {STANDARD}. Remove it.")
+
     if not setting("runAsNonRoot", False):
         yield Problem(f"{path}.runAsNonRoot", f"must be true under {STANDARD}. Set it.")
+
     if setting("runAsUser", 1) == 0:
         yield Problem(f"{path}.runAsUser", f"0 is not allowed by {STANDARD}. Use another user.")
 
+    # may lie on the pod; a container's own profile takes precedence
     pod_profile = lookup(pod_context, "seccompProfile", "type")
     profile = lookup(context, "seccompProfile", "type", default=pod_profile)
     if profile not in ALLOWED_PROFILES:
@@ -104,11 +110,13 @@ def check_security_context(
             f"{path}.seccompProfile.type", f"must be RuntimeDefault under {STANDARD}. Set it."
         )
 
+    # capabilities are a field of containers only
     if "ALL" not in lookup(context, "capabilities", "drop", default=[]):
         yield Problem(f"{path}.capabilities.drop", f"must be [ALL] under {STANDARD}. Set it.")
     for name in lookup(context, "capabilities", "add", default=[]):
         if name == "NET_BIND_SERVICE" or (name == "IPC_LOCK" and allow_locked_memory):
             continue
+
         if name == "IPC_LOCK":
             message = (
                 "IPC_LOCK is only allowed with an RDMA device in a separate namespace. See "
@@ -116,4 +124,5 @@ def check_security_context(
             )
         else:
             message = f"{name} is not allowed by {STANDARD}. Remove it."
+
         yield Problem(f"{path}.capabilities.add", message)

@@ -84,6 +84,8 @@ def head_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
 def worker_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
     """Return the workers' template: a node's share of the run, kept until it has saved."""
     cache = config.data.cache_dir or CACHE_MOUNT
+
+    # GPU nodes are often tainted with the name of the resource, to keep other pods away
     gpus: dict[str, str] = {}
     tolerations: list[Json] = []
     if sizes.gpus_per_pod:
@@ -97,8 +99,11 @@ def worker_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
         "volumeMounts": _mounts(options, cache),
         "lifecycle": drain_lifecycle(sizes.drain_s),
     }
+
+    # downloads from the hub go to the disk that was sized for them
     container["env"] = [*container["env"], {"name": "HF_HOME", "value": f"{cache}/hf"}]
 
+    # Traffic between zones is slow and is billed. Preferred only: a run may be larger than a zone.
     same_zone = {
         "podAffinityTerm": {
             "labelSelector": {"matchLabels": run_labels(config)},
@@ -128,19 +133,21 @@ def worker_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
 def start_params(config: RunConfig, sizes: Sizing) -> dict[str, str]:
     """Return the `ray start` parameters of a worker pod; all are strings."""
     params = {"num-cpus": str(sizes.ray_cpus), "object-store-memory": str(OBJECT_STORE_BYTES)}
+
     if sizes.gpus_per_pod:
         params["num-gpus"] = str(sizes.gpus_per_pod)
     if config.cluster.resources_per_worker:
-        per_pod = {
-            name: count * sizes.workers_per_pod
-            for name, count in config.cluster.resources_per_worker.items()
-        }
+        per_pod = {}
+        for name, count in config.cluster.resources_per_worker.items():
+            per_pod[name] = count * sizes.workers_per_pod
         params["resources"] = json.dumps(json.dumps(per_pod))  # quoted for the shell
+
     return params
 
 
 def _annotations() -> dict[str, str]:
     """Return annotations that keep node autoscalers from moving pods."""
+    # one for cluster-autoscaler, one for Karpenter
     return {
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
         "karpenter.sh/do-not-disrupt": "true",
@@ -152,12 +159,14 @@ def _pod(options: Options, component: str, automount: bool = False) -> Json:
         "serviceAccountName": "dist-ft",
         "automountServiceAccountToken": automount,
         "priorityClassName": f"dist-ft-{component}",
+        # Ray's autoscaler v2 supports no other policy
         "restartPolicy": "Never",
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
             "runAsGroup": USER_ID,
             "fsGroup": USER_ID,
+            # a volume with millions of files would otherwise be changed file by file at each start
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -171,6 +180,7 @@ def _container(name: str, options: Options) -> Json:
         "imagePullPolicy": "IfNotPresent",
         "securityContext": SECURITY,
         "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+        # optional: a run that needs no credentials starts without the Secret
         "envFrom": [{"secretRef": {"name": options.secret, "optional": True}}],
     }
 
@@ -193,8 +203,10 @@ def _mounts(options: Options, cache: str | None = None) -> list[Json]:
         {"name": "shared-memory", "mountPath": "/dev/shm"},
         {"name": "cache", "mountPath": cache or CACHE_MOUNT},
     ]
+
     if options.claim:
         mounts.append({"name": "claim", "mountPath": options.claim_mount})
+
     return mounts
 
 
@@ -203,8 +215,10 @@ def _volumes(options: Options, shared_gib: int, disk_gib: int) -> list[Json]:
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{shared_gib}Gi"}},
         {"name": "cache", "emptyDir": {"sizeLimit": f"{disk_gib}Gi"}},
     ]
+
     if options.claim:
         volumes.append({"name": "claim", "persistentVolumeClaim": {"claimName": options.claim}})
+
     return volumes
 
 
@@ -214,6 +228,7 @@ def parse_gibibytes(quantity: str) -> float:
     Raises:
         ValueError: it is not a number with a known unit.
     """
+    # no unit is the end of another one: the order does not matter
     units = {
         "Ki": 2**10,
         "Mi": 2**20,
@@ -224,7 +239,9 @@ def parse_gibibytes(quantity: str) -> float:
         "G": 1e9,
         "T": 1e12,
     }
+
     for unit, num_bytes in units.items():
         if quantity.endswith(unit):
             return float(quantity[: -len(unit)]) * num_bytes / GIB
+
     return float(quantity) / GIB

@@ -28,10 +28,12 @@ class _Dumper(yaml.SafeDumper):
     """Writes strings of several lines as blocks, and no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        # Objects share values such as security contexts, and people edit the files.
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    # scripts and configs stay readable, and a change of one line is one line of a diff
     style = "|" if "\n" in value else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
@@ -64,22 +66,26 @@ def render_objects(
 
     files = build_objects(config, options)
     by_name = build_components(config, options, compute_sizing(config, options))
+
     names = list(components)
     if overlay:
         names = [*OVERLAYS[overlay].components, *components, OVERLAYS[overlay].own]
+
+    # A component may be requested and be part of the overlay; applied twice, an added port or
+    # toleration would be there twice.
     for name in dict.fromkeys(names):
-        files = {
-            file: apply_component(documents, by_name[name]) for file, documents in files.items()
-        }
+        for file, documents in files.items():
+            files[file] = apply_component(documents, by_name[name])
     return files
 
 
 def _require_known(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
-    problems = [
-        f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}. Use one of these."
-        for name in names
-        if name not in allowed
-    ]
+    problems = []
+    for name in names:
+        if name not in allowed:
+            problems.append(
+                f"{option}={name}: unknown name. Allowed: {', '.join(allowed)}. Use one of these."
+            )
     if problems:
         raise ConfigError(problems, "k8s render")
 
@@ -95,6 +101,7 @@ def render_tree(config: RunConfig, options: Options) -> dict[str, str]:
             "kind": "Component",
             **_kustomize_changes(by_name[name]),
         }
+
         path = f"components/{name}/kustomization.yaml"
         contents[path] = _header(by_name[name]) + to_yaml([document])
 
@@ -102,6 +109,8 @@ def render_tree(config: RunConfig, options: Options) -> dict[str, str]:
         fields: Json = {"resources": ["../../base"]}
         if overlay.components:
             fields["components"] = [f"../../components/{one}" for one in overlay.components]
+
+        # kustomize applies these after the overlay's components, as `render_objects` does
         fields |= _kustomize_changes(by_name[overlay.own])
         path = f"overlays/{name}/kustomization.yaml"
         contents[path] = _header(by_name[overlay.own]) + to_yaml([_kustomization(fields)])
@@ -126,14 +135,19 @@ def _header(component: Component) -> str:
 
 def _kustomize_changes(component: Component) -> Json:
     """Return a component's changes as fields of a kustomization."""
-    changes: Json = {"namespace": component.namespace} if component.namespace else {}
+    changes: Json = {}
+    if component.namespace:
+        changes["namespace"] = component.namespace
+
     patches = []
     for patch in component.patches:
         target = {"kind": patch.kind}
         if patch.name:
             target["name"] = patch.name
+        # kustomize expects the operations of a patch as a string with YAML in it
         operations = to_yaml([list(patch.ops)])  # type: ignore[list-item]
         patches.append({"target": target, "patch": operations})
+
     changes["patches"] = patches
     return changes
 

@@ -53,6 +53,8 @@ def find_secrets(content: dict[str, Any]) -> Iterator[Problem]:
         if _is_secret(text):
             yield Problem(text.path, MESSAGE)
             continue
+
+        # configs and scripts in one string, such as the data of a ConfigMap
         for variable in ASSIGNMENT.findall(text.value):
             if SECRET_NAME.search(variable):
                 yield Problem(f"{text.path} ({variable})", MESSAGE)
@@ -61,19 +63,26 @@ def find_secrets(content: dict[str, Any]) -> Iterator[Problem]:
 def _is_secret(text: _Text) -> bool:
     field = text.path.rpartition(".")[2]
     variable = text.sibling_name if field == "value" else field
+
+    # A field such as `secretName` refers to a secret and does not contain it, so
+    # only upper-case names count: those of environment variables.
     if variable.isupper() and SECRET_NAME.search(variable):
         return True
+
     if field == "redis-password" or text.path.endswith("redisPassword.value"):
         return True
+
     return any(form.search(text.value) for form in (KNOWN_FORMS, USERINFO, QUERY_SECRET))
 
 
 def _iter_texts(value: Any, path: str, sibling_name: str) -> Iterator[_Text]:
     """Yield all strings in a value that are not empty."""
     if isinstance(value, dict):
+        # in a list of variables, {name: TOKEN, value: ...} are two fields of one mapping
         name = str(value.get("name", ""))
         for key, inner in value.items():
-            yield from _iter_texts(inner, f"{path}.{key}" if path else str(key), name)
+            inner_path = f"{path}.{key}" if path else str(key)
+            yield from _iter_texts(inner, inner_path, name)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
             yield from _iter_texts(inner, f"{path}[{index}]", "")

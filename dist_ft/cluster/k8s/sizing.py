@@ -102,6 +102,8 @@ def compute_sizing(config: RunConfig, options: Options) -> Sizing:
     """
     cluster = config.cluster
     parameters = num_parameters(config, options)
+
+    # a run that is smaller than a node gets a pod of its own size
     per_pod = min(cluster.workers_per_node or options.workers_per_node, config.max_workers)
     problems = _find_idle_workers(config, per_pod)
     if problems:
@@ -114,6 +116,9 @@ def compute_sizing(config: RunConfig, options: Options) -> Sizing:
 
     shared = _shared_memory(config, per_pod, share)
     ray_cpus = math.ceil(per_pod * cluster.cpus_per_worker)
+
+    # min_pods is rounded up, as more workers than the fewest do no harm. max_pods divides without
+    # rest (`_find_idle_workers`).
     return Sizing(
         workers_per_pod=per_pod,
         min_pods=math.ceil(config.min_workers / per_pod),
@@ -144,6 +149,8 @@ def num_parameters(config: RunConfig, options: Options) -> float:
         return options.parameters
 
     name = config.model.path.rstrip("/").rsplit("/", 1)[-1]
+
+    # 8B, 0.5b, 135M, 8x7B; not the 3.1 of "Llama-3.1", and not within a word
     sizes = re.findall(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BMbm])(?![A-Za-z0-9])", name)
     if not sizes:
         raise ConfigError(
@@ -154,6 +161,8 @@ def num_parameters(config: RunConfig, options: Options) -> float:
             ],
             f"run {config.run.name} on Kubernetes",
         )
+
+    # the last one, as earlier ones may be part of the family's name
     num_experts, number, unit = sizes[-1]
     scale = 1e9 if unit in "Bb" else 1e6
     return int(num_experts or 1) * float(number) * scale * NAME_MARGIN
@@ -161,9 +170,11 @@ def num_parameters(config: RunConfig, options: Options) -> float:
 
 def _find_idle_workers(config: RunConfig, per_pod: int) -> list[str]:
     """Return a problem if the last node would be partly idle."""
+    # what is missing to the next multiple of `per_pod`
     num_idle = -config.max_workers % per_pod
     if not num_idle:
         return []
+
     divisors = [number for number in range(1, per_pod) if config.max_workers % number == 0]
     return [
         f"cluster.workers={config.max_workers}: with {per_pod} workers per node, the last node "
@@ -178,6 +189,7 @@ def _state_bytes_per_parameter(config: RunConfig) -> int:
 
 
 def _saves_in_background(config: RunConfig) -> bool:
+    # a save in the background holds a copy of the state until it is written
     checkpoint = config.checkpoint
     saves = checkpoint.every_steps != 0 or bool(checkpoint.local_folder)
     return checkpoint.background and saves
@@ -213,6 +225,8 @@ def _memory(
     if zero.stage < 3:
         # each worker reads the whole model before it moves to the GPU
         parts["loading"] = math.ceil(per_pod * weight_bytes * parameters)
+
+    # The parts of /dev/shm are charged to the pod's memory limit, too.
     parts["/dev/shm"] = sum(shared.values())
     parts["node"] = NODE_BYTES
     return parts
@@ -220,6 +234,7 @@ def _memory(
 
 def _disk(config: RunConfig, parameters: float) -> dict[str, int]:
     """Return bytes of a pod's local disk by part."""
+    # the files of a model may be in float32, whatever type it is trained in
     return {
         "model": math.ceil(4 * parameters),
         "tokenized data": math.ceil(config.data.cache_gib * GIB),
@@ -236,13 +251,16 @@ def describe_sizing(sizes: Sizing) -> list[tuple[str, str]]:
     pods = f"{sizes.min_pods}..{sizes.max_pods}" if sizes.elastic else str(sizes.max_pods)
     unit = "GPUs" if sizes.gpus_per_pod else "workers"
     max_workers = sizes.max_pods * sizes.workers_per_pod
+
     grace = (
         f"{sizes.grace_s} s = save {sizes.save_s} + notice {NOTICE_S}, rounded up: drain "
         f"{sizes.drain_s}, + shutdown {SHUTDOWN_S}"
     )
+
     source = "(given or counted)"
     if sizes.by_name:
         source = "(from the model's name, plus 10 %; --model-config FILE counts them)"
+
     return [
         ("pods", f"{pods} × {sizes.workers_per_pod} {unit} = up to {max_workers}"),
         ("memory", _describe_parts(sizes.memory)),

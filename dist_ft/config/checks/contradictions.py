@@ -39,11 +39,14 @@ def contradictions(config: RunConfig, whole: bool = True) -> list[str]:
     """
     lines: list[str] = []
     for check in CHECKS:
+        # A list first: lines of a check that fails half-way must not be reported.
         try:
             lines.extend(list(check(config)))
         except AttributeError:
+            # A whole config has all fields, so this is a mistake in the check itself.
             if whole:
                 raise
+
     return lines
 
 
@@ -53,9 +56,12 @@ def _on_section(name: str, check: SectionCheck, config: RunConfig) -> Iterator[s
 
 def _section_checks(name: str, checks: tuple[SectionCheck, ...]) -> tuple[Check, ...]:
     """Return the checks of the section `name` as checks of the whole config."""
+    # The section is read when a check is called, not here: it may be absent from a broken config.
     return tuple(partial(_on_section, name, check) for check in checks)
 
 
+# Lines are reported in this order. Checks of one section come first: a line between sections may be
+# a consequence of theirs.
 CHECKS: tuple[Check, ...] = (
     *_section_checks("batch", batch_section.CHECKS),
     *_section_checks("cluster", cluster_section.CHECKS),

@@ -1,7 +1,7 @@
 """Allowed keys of `zero.deepspeed`: all keys of DeepSpeed, except those that dist_ft sets itself.
 
-A test compares the lists with the installed DeepSpeed. A misspelled key is refused with the similar
-name; other unknown keys are passed through (DeepSpeed may be newer than the list). Pure.
+A misspelled key is refused with the similar name; other unknown keys are passed through (DeepSpeed
+may be newer than the lists). Pure.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
 
+# A test compares these lists with the installed DeepSpeed. Dots separate nested keys.
 OWNED = {
     "train_batch_size": "Set batch.global_batch",
     "train_micro_batch_size_per_gpu": "Set batch.micro_batch",
@@ -43,6 +44,7 @@ OWNED = {
 }
 """Keys that dist_ft sets, and what to do instead."""
 
+# Only needed to recognize misspellings: other unknown keys are passed through.
 KNOWN = frozenset(
     {
         "zero_optimization",
@@ -142,13 +144,16 @@ def deepspeed_problems(config: RunConfig) -> Iterator[str]:
                 f"zero.deepspeed.{path}: dist_ft sets this key itself. Allowed: DeepSpeed keys "
                 f"that it does not set. Remove it. {OWNED[path]}."
             )
-    yield from _misspelled(
-        extra, "zero.deepspeed", KNOWN | {path for path in OWNED if "." not in path}
-    )
+
+    # Keys that dist_ft sets count as known: they have their line above, and are suggested for
+    # misspelled ones.
+    owned = {path for path in OWNED if "." not in path}
+    yield from _misspelled(extra, "zero.deepspeed", KNOWN | owned)
+
     zero = extra.get("zero_optimization")
     if isinstance(zero, dict):
-        owned = {path.split(".")[1] for path in OWNED if path.startswith("zero_optimization.")}
-        yield from _misspelled(zero, "zero.deepspeed.zero_optimization", KNOWN_ZERO | owned)
+        owned_zero = {path.split(".")[1] for path in OWNED if path.startswith("zero_optimization.")}
+        yield from _misspelled(zero, "zero.deepspeed.zero_optimization", KNOWN_ZERO | owned_zero)
 
 
 def _paths(mapping: dict[str, object], prefix: str = "") -> Iterator[str]:
@@ -160,6 +165,8 @@ def _paths(mapping: dict[str, object], prefix: str = "") -> Iterator[str]:
 
 
 def _misspelled(mapping: dict[str, object], path: str, known: frozenset[str]) -> Iterator[str]:
+    # DeepSpeed ignores unknown top-level keys: a misspelled one would silently have no effect.
+    # Sorted, as the answer must not depend on the order of a set.
     for key in mapping:
         similar = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.8)
         if key not in known and similar:

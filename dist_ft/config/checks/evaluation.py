@@ -12,9 +12,15 @@ def _best_checkpoints(config: RunConfig) -> Iterator[str]:
     evaluation, checkpoint = config.evaluation, config.checkpoint
     if not checkpoint.keep_best:
         return
+
+    # Which steps end an epoch depends on the data, which is not read here.
     if evaluation.every_epochs and evaluation.data:
-        return  # the steps that end an epoch are not known here
-    save_steps, evaluation_steps = checkpoint.every_steps, evaluation.every_steps
+        return
+
+    # A checkpoint without an evaluation of its own step has no rank. With "auto" the interval
+    # changes during the run, so nothing can be said of its steps.
+    save_steps = checkpoint.every_steps
+    evaluation_steps = evaluation.every_steps
     is_evaluated_when_saved = (
         bool(evaluation.data)
         and bool(evaluation_steps)
@@ -31,12 +37,10 @@ def _best_checkpoints(config: RunConfig) -> Iterator[str]:
 
 
 def _epochs(config: RunConfig) -> Iterator[str]:
+    # Weighted sources are drawn without end, each at its own pace: no step ends an epoch of all.
     data = config.data
-    is_weighted = (
-        bool(data.mixing)
-        or data.temperature is not None
-        or any(source.weight is not None for source in data.train)
-    )
+    has_weight = any(source.weight is not None for source in data.train)
+    is_weighted = bool(data.mixing) or data.temperature is not None or has_weight
     if config.evaluation.every_epochs and is_weighted:
         yield (
             f"evaluation.every_epochs={config.evaluation.every_epochs}: sources that are sampled "
@@ -48,6 +52,8 @@ def _epochs(config: RunConfig) -> Iterator[str]:
 def _best_by(config: RunConfig) -> Iterator[str]:
     evaluation, task = config.evaluation, config.task.name
     metrics = ["loss", *task_class(task).metrics]
+
+    # Metrics of generated text exist only if text is generated.
     if evaluation.decoding.max_new_tokens:
         metrics += evaluation.text_metrics
     if config.checkpoint.best_by not in metrics:
@@ -83,17 +89,20 @@ def _robustness(config: RunConfig) -> Iterator[str]:
             f"{path}.typo_rate={section.typo_rate}: not used by task.name={task.name}. Allowed "
             f"with {', '.join(tasks_where(allows_typos=True))}. Remove it."
         )
+
     if section.swaps and not facts.has_labels:
         yield (
             f"{path}.swaps={section.swaps}: not used by task.name={task.name}. Allowed with "
             f"{', '.join(tasks_where(has_labels=True))}. Remove it."
         )
+
     for field in ("out_of_scope_label", "out_of_scope"):
         if getattr(section, field) and not facts.has_label_per_row:
             yield (
                 f"{path}.{field}: not used by task.name={task.name}. Allowed with "
                 f"{', '.join(tasks_where(has_label_per_row=True))}. Remove it."
             )
+
     if section.out_of_scope_label is not None and section.out_of_scope_label in task.labels:
         yield (
             f"{path}.out_of_scope_label={section.out_of_scope_label}: is one of task.labels, so "

@@ -9,13 +9,15 @@ from dist_ft.config.task_facts import task_class, tasks_where
 
 
 def _regularizers(config: RunConfig) -> Iterator[str]:
-    task, tuning = config.task.name, config.tuning
+    task = config.task.name
+    tuning = config.tuning
     facts = task_class(task)
     if tuning.neftune_alpha and not facts.allows_noise:
         yield (
             f"tuning.neftune_alpha={tuning.neftune_alpha}: not used by task.name={task}. Allowed "
             f"with {', '.join(tasks_where(allows_noise=True))}. Remove it."
         )
+
     if tuning.label_smoothing and not facts.has_probabilities:
         tasks = ", ".join(tasks_where(has_probabilities=True))
         yield (
@@ -28,11 +30,14 @@ def _minimum_risk(config: RunConfig) -> Iterator[str]:
     task = config.task
     if task.objective != "minimum_risk":
         return
+
     if not task_class(task.name).generates_text:
         yield (
             f"task.objective=minimum_risk: models of task.name={task.name} generate no text. "
             f"Allowed with {' and '.join(tasks_where(generates_text=True))}. Remove it."
         )
+
+    # The objective is a risk of whole texts, so there is no target distribution to smooth.
     if config.tuning.label_smoothing:
         yield (
             f"tuning.label_smoothing={config.tuning.label_smoothing}: not used by "
@@ -41,6 +46,7 @@ def _minimum_risk(config: RunConfig) -> Iterator[str]:
 
 
 def _own_checks(config: RunConfig) -> Iterator[str]:
+    # Here, too, a user's own task adds its checks.
     yield from task_class(config.task.name).check(config)
 
 

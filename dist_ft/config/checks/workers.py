@@ -9,6 +9,7 @@ from dist_ft.config.sections.cluster import format_workers
 
 
 def _lanes(config: RunConfig) -> Iterator[str]:
+    # A global batch that is no multiple has its own line; the number of lanes would be wrong here.
     is_whole = config.batch.global_batch % config.batch.micro_batch == 0
     if is_whole and config.max_workers > config.num_lanes:
         yield (
@@ -19,6 +20,8 @@ def _lanes(config: RunConfig) -> Iterator[str]:
 
 
 def _elastic(config: RunConfig) -> Iterator[str]:
+    # Using more nodes is a restart as well, so without checkpoints each change of the number of
+    # workers would start the run over.
     if config.max_workers > config.min_workers and not config.checkpoint.every_steps:
         yield (
             f"cluster.workers={format_workers(config.cluster)}: after the loss of a node the "
@@ -40,6 +43,7 @@ def _adafactor(config: RunConfig) -> Iterator[str]:
 def _offload_needs_workers(config: RunConfig) -> Iterator[str]:
     if config.max_workers:
         return
+
     for field in ("offload_optimizer", "offload_param"):
         value = getattr(config.zero, field)
         if value != "none":
@@ -67,8 +71,10 @@ def _flash_attention_needs_gpus(config: RunConfig) -> Iterator[str]:
 
 
 def _memory_urls(config: RunConfig) -> Iterator[str]:
+    # Tests and previews in one process use memory: URLs.
     if not config.max_workers:
         return
+
     urls = [("run.storage", config.run.storage)]
     urls += [("data.train", source.path) for source in config.data.train]
     urls += [("evaluation.data", source.path) for source in config.evaluation.data]

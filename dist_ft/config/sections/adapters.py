@@ -21,6 +21,9 @@ Method = Literal[
 ]
 PROMPT_METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning")
 """Methods that train virtual tokens (soft prompts)."""
+
+# Each of these changes a weight matrix by a sum or a factor. A bottleneck has a nonlinearity, and
+# virtual tokens change the input: neither can be written into a matrix.
 MERGEABLE_METHODS = ("lora", "adalora", "ia3")
 """Methods whose added weights can be merged into the weights of the model."""
 ADAPTER_METHODS = (*MERGEABLE_METHODS, "bottleneck", *PROMPT_METHODS)
@@ -32,6 +35,8 @@ Patterns = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 class LoraSection(Section):
     """LoRA: low-rank matrices added to frozen weights (Hu et al., arXiv:2106.09685)."""
 
+    # Rank and targets decide the shapes in a checkpoint, and alpha what its matrices mean. Dropout
+    # only acts while training, so it may change in a resume.
     rank: int = Identity(8, ge=1, description="Rank of the added matrices.")
     alpha: float = Identity(
         16,
@@ -120,6 +125,7 @@ class AdaloraSection(Section):
             "linear layer except the output layer."
         ),
     )
+    # The rank budget of a step follows from these fields alone, so a resume must have the same.
     begin_step: int = Identity(
         0, ge=0, description="Last step before the rank budget starts to fall."
     )

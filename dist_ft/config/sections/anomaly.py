@@ -16,6 +16,8 @@ class AnomalySection(Section):
     recorded with the run, and a replay of the step decides the same.
     """
 
+    # No field is part of the identity: anomalies that were handled are stored with their samples,
+    # and are skipped again whatever these settings are now.
     action: Literal["skip", "rollback", "stop"] = Field(
         "skip",
         description=(
@@ -40,6 +42,7 @@ class AnomalySection(Section):
             "anomaly; 0: only NaN and infinity."
         ),
     )
+    # The median of a few steps would itself jump.
     window: int = Field(
         64, ge=4, description="Steps of the median; before that many steps there is none."
     )

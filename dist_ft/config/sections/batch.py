@@ -10,6 +10,8 @@ from dist_ft.config.sections.section import Identity, Section
 class BatchSection(Section):
     """Size of an optimizer step."""
 
+    # All of them decide which samples are in which step. The number of workers does not: they share
+    # the lanes, however many they are.
     global_batch: int = Identity(
         ge=1, description="Sequences per optimizer step, over all workers."
     )

@@ -15,6 +15,7 @@ Steps = Annotated[int, Field(ge=0)] | Literal["auto"]
 class CheckpointSection(Section):
     """When checkpoints are saved, where, and which are retained."""
 
+    # No field is part of the identity: a save does not change what is trained.
     every_steps: Steps = Field(
         0,
         description=(
@@ -33,6 +34,7 @@ class CheckpointSection(Section):
     local_every_steps: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Steps between checkpoints in local_folder; auto: as for every_steps."
     )
+    # Only a prior: without a failure so far there is no rate to compute the interval from.
     failure_interval_s: float = Field(
         10800,
         gt=0,
@@ -71,6 +73,7 @@ class CheckpointSection(Section):
             "(evaluation.every_steps); 0: none."
         ),
     )
+    # Which metrics there are depends on the task, so a check compares it with them (`checks`).
     best_by: str = Field(
         "loss",
         min_length=1,
@@ -83,15 +86,19 @@ class CheckpointSection(Section):
 
 
 def _keep_every_steps(checkpoint: CheckpointSection) -> Iterator[str]:
-    every, keep = checkpoint.every_steps, checkpoint.keep_every_steps
+    every = checkpoint.every_steps
+    keep = checkpoint.keep_every_steps
     if not keep:
         return
+
     if every in (0, "auto"):
+        # "auto" adapts the interval, so no step is certain to be saved.
         reason = f"checkpoint.every_steps is {every}"
     elif keep % int(every):
         reason = f"not a multiple of checkpoint.every_steps={every}"
     else:
         return
+
     yield (
         f"checkpoint.keep_every_steps={keep}: {reason}, so such steps are never saved. Allowed: a "
         "multiple of checkpoint.every_steps, or 0. Change one of them."

@@ -20,14 +20,18 @@ NODE_ID_LABEL = "ray.io/node-id"
 class WorkerRange(Section):
     """Number of workers of an elastic run."""
 
+    # Whether min is at most max is a check of the section, whose line can name both.
     min: int = Field(ge=1, description="With fewer workers the run waits.")
     max: int = Field(ge=1, description="Further workers are not used.")
 
 
 def _as_workers(value: Any) -> Any:
     """Accept `2`, `[1, 4]` and `1..4`."""
+    # A form for the command line, where brackets would have to be quoted. pydantic makes numbers of
+    # its two texts.
     if isinstance(value, str) and ".." in value:
         value = value.split("..", 1)
+
     if isinstance(value, list | tuple) and len(value) == 2:
         return {"min": value[0], "max": value[1]}
     return value
@@ -36,6 +40,7 @@ def _as_workers(value: Any) -> Any:
 class ClusterSection(Section):
     """Ray workers, their placement and their network."""
 
+    # No field is part of the identity: a run may resume on other nodes and more or fewer workers.
     workers: Annotated[int | WorkerRange, BeforeValidator(_as_workers)] = Field(
         0,
         description=(
@@ -51,6 +56,7 @@ class ClusterSection(Section):
         ),
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPU cores reserved per worker.")
+    # One process per GPU, as torch.distributed and DeepSpeed expect.
     gpus_per_worker: int = Field(
         0, ge=0, le=1, description="GPUs per worker: 0 (CPU, gloo) or 1 (nccl)."
     )
@@ -75,6 +81,7 @@ class ClusterSection(Section):
             "if the number of workers is not a multiple; 0: by placement."
         ),
     )
+    # Goes into environment variables of nccl and gloo, which take a comma-separated list.
     network_interface: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9_.:@-]+(,[A-Za-z0-9_.:@-]+)*$",
@@ -160,7 +167,9 @@ class ClusterSection(Section):
 def format_workers(cluster: ClusterSection) -> str:
     """Return cluster.workers as messages show it: 4, or [1, 4]."""
     workers = cluster.workers
-    return str(workers) if isinstance(workers, int) else f"[{workers.min}, {workers.max}]"
+    if isinstance(workers, int):
+        return str(workers)
+    return f"[{workers.min}, {workers.max}]"
 
 
 def _worker_range(cluster: ClusterSection) -> Iterator[str]:
@@ -182,16 +191,20 @@ def _workers_per_node(cluster: ClusterSection) -> Iterator[str]:
     field = f"cluster.workers_per_node={cluster.workers_per_node}"
     if not cluster.workers_per_node:
         return
+
     if cluster.workers == 0:
         yield (
             f"{field}: cluster.workers=0 is a single process. Allowed with Ray workers. Set "
             "cluster.workers, or remove it."
         )
+
     if cluster.placement != "PACK":
         yield (
             f"{field}: cluster.placement={cluster.placement} also decides how workers are spread. "
             "Only one of them is allowed. Set cluster.placement=PACK, or workers_per_node=0."
         )
+
+    # Whole nodes are chosen by this label, one selector per worker.
     if NODE_ID_LABEL in cluster.labels:
         yield (
             f"cluster.labels.{NODE_ID_LABEL}: dist_ft chooses the nodes if "
@@ -200,6 +213,7 @@ def _workers_per_node(cluster: ClusterSection) -> Iterator[str]:
 
 
 def _network_variables(cluster: ClusterSection) -> Iterator[str]:
+    # Stored with the run and shown to people, so only prefixes that are known to hold no secret.
     for name in cluster.network_variables:
         field = f"cluster.network_variables.{name}"
         if name in INTERFACE_VARIABLES and cluster.network_interface is not None:

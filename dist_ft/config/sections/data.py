@@ -16,6 +16,7 @@ DEFAULT_BUCKET = 64
 class Source(Section):
     """A data set: a URL, a glob or a hub name."""
 
+    # The name as well: metrics of a run refer to sources by it.
     path: str = Identity(
         description=(
             "fsspec URL, file, folder or glob of shards (.jsonl, .parquet, .arrow, .csv, .txt; "
@@ -64,7 +65,11 @@ class Source(Section):
 def _as_sources(value: Any) -> Any:
     """Accept one source or several, each as a bare string or a mapping."""
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": item} if isinstance(item, str) else item for item in values)
+
+    sources = []
+    for item in values:
+        sources.append({"path": item} if isinstance(item, str) else item)
+    return tuple(sources)
 
 
 class MixingPhase(Section):
@@ -134,6 +139,7 @@ class DataSection(Section):
             "text)."
         ),
     )
+    # The fields of this section are marked, not the section: changes are reported by field.
     fields: FieldsSection = Field(default_factory=FieldsSection, description="Column names.")
     prompt_template: str = Identity(
         "{prompt}\n",
@@ -164,6 +170,7 @@ class DataSection(Section):
             "sequence, as always if task.name is not causal_lm."
         ),
     )
+    # None, as the default depends on the task (`RunConfig.effective_data`).
     bucket: int | None = Identity(
         None,
         ge=0,
@@ -172,6 +179,7 @@ class DataSection(Section):
             "of micro-batches; 0: in order; default: 64 (causal_lm: 0)."
         ),
     )
+    # Samples are packed and shuffled within blocks: their size decides which ones share a step.
     block_mib: float = Identity(
         16,
         gt=0,
@@ -210,6 +218,7 @@ class DataSection(Section):
             "reported."
         ),
     )
+    # Not part of the identity: it only decides when to give up, not which rows are skipped.
     max_bad_rows: int = Field(
         100, ge=0, description="bad_rows=skip: more skipped rows than this are an error."
     )
@@ -224,6 +233,7 @@ class DataSection(Section):
         default_factory=AugmentSection,
         description="Augmentation of training texts (tasks with labels and regression).",
     )
+    # From here on: where and how fast data is prepared, which changes no sample.
     cache_dir: str | None = Field(
         None,
         description=(
@@ -249,6 +259,8 @@ class DataSection(Section):
 
 def _weights(data: DataSection) -> Iterator[str]:
     sources = data.train
+
+    # Weights are relative to each other, so a source without one would have no place among them.
     weighted = [source for source in sources if source.weight is not None]
     if weighted and len(weighted) < len(sources):
         missing = next(source for source in sources if source.weight is None)
@@ -256,12 +268,15 @@ def _weights(data: DataSection) -> Iterator[str]:
             f"data.train: {missing.path} has no weight and others have. Either all sources have "
             "one or none. Give it one, or use repeat."
         )
+
+    # Each of weight, repeat and temperature alone decides how often a source comes.
     has_repeat = any(source.repeat is not None for source in sources)
     if weighted and has_repeat:
         yield (
             "data.train: weight and repeat are both set. Only one of them is allowed. Remove the "
             "other."
         )
+
     if data.temperature is not None and (weighted or has_repeat):
         yield (
             f"data.temperature={data.temperature}: weight or repeat of a source is also set. Only "
@@ -274,6 +289,8 @@ def _shares(data: DataSection) -> Iterator[str]:
     shared = [source for source in sources if source.share is not None]
     if not shared:
         return
+
+    # The others get what the shares leave, so there must be others, and something left.
     total = sum(source.share or 0.0 for source in shared)
     num_others = len(sources) - len(shared)
     if total >= 1 or not num_others:
@@ -282,6 +299,7 @@ def _shares(data: DataSection) -> Iterator[str]:
             "others. Allowed: shares with a sum below 1, and at least one source without. Lower "
             "them."
         )
+
     has_weight = any(source.weight is not None for source in sources)
     has_repeat = any(source.repeat is not None for source in shared)
     if has_weight or data.mixing or data.temperature is not None or has_repeat:
@@ -299,6 +317,8 @@ def _mixing_phases(data: DataSection) -> Iterator[str]:
                 f"{len(data.train)} sources. Needed: one weight for each, and one above 0. Correct "
                 "them."
             )
+
+    # Weights are interpolated between phases: two at one step would leave no line between them.
     steps = [phase.until_step for phase in data.mixing]
     if steps != sorted(set(steps)) or 0 in steps:
         yield (

@@ -23,6 +23,8 @@ TEXT_METRICS = (
     "number_match",
 )
 """Metrics that compare generations with their references."""
+
+# Type checkers accept no Literal[*TEXT_METRICS], so the names stand here twice.
 TextMetric = Literal[
     "bleu",
     "chrf",
@@ -54,6 +56,7 @@ class DecodingSection(Section):
     The model's generation config is ignored, but for its special tokens.
     """
 
+    # No field is part of the identity: generations are looked at, never trained on.
     max_new_tokens: int = Field(
         0, ge=0, description="Maximum length of a generation, in tokens; 0: no generation."
     )
@@ -173,6 +176,8 @@ class GenerationSection(Section):
     )
 
 
+# The first part of a short form gives strategy, beams and temperature. The others belong to no
+# strategy: they come from the config or from options of a command.
 _NOT_IN_SHORT_FORM = (
     "strategy",
     "max_new_tokens",
@@ -191,10 +196,13 @@ def format_strategy(section: DecodingSection) -> str:
         "beam": f"beam:{section.num_beams}",
         "sample": f"sample:{section.temperature:g}",
     }
+
+    # In the order of the schema, so that equal strategies have equal texts.
     parts = [heads[section.strategy]]
     for field in type(section).model_fields:
         if field not in _NOT_IN_SHORT_FORM and not section.is_default(field):
             parts.append(f"{field}={getattr(section, field)}")
+
     return ",".join(parts)
 
 
@@ -213,6 +221,8 @@ def parse_strategy(
     Raises:
         ConfigError: `text` is not a strategy.
     """
+    # Fields of a strategy do not come from `base`: with another strategy in the text they would be
+    # contradictions.
     values: dict[str, Any] = {}
     if base is not None:
         for field in type(base).model_fields:
@@ -224,13 +234,18 @@ def parse_strategy(
     values |= {**fields, "strategy": name}
     if number:
         # Any other strategy has no number: "greedy" is not a field, hence an error.
-        values[{"beam": "num_beams", "sample": "temperature"}.get(name, "greedy")] = number
+        number_field = {"beam": "num_beams", "sample": "temperature"}.get(name, "greedy")
+        values[number_field] = number
+
     for assignment in assignments:
         field, equals, value = assignment.partition("=")
         field = field.strip()
         renamed = renames.RUN.field_problem(f"evaluation.decoding.{field}")
         if renamed is not None:
             raise ConfigError([f"{source}={text}: {renamed}"], source)
+
+        # Choices are free texts, which may contain commas. Whatever is no field becomes a key that
+        # the section does not have, so that pydantic's error names it.
         is_field = bool(equals) and field not in ("strategy", "choices")
         values[field if is_field else assignment] = value
 
@@ -238,6 +253,7 @@ def parse_strategy(
         section = DecodingSection.model_validate(values)
     except ValidationError as error:
         raise ConfigError([_invalid_strategy(text, source, error)], source) from error
+
     problems = list(decoding_problems(section, source))
     if problems:
         raise ConfigError(problems, source)
@@ -247,7 +263,8 @@ def parse_strategy(
 def _invalid_strategy(text: str, source: str, error: ValidationError) -> str:
     """Return the line for a text that is not a strategy."""
     first = error.errors()[0]
-    field, message = ".".join(map(str, first["loc"])), first["msg"]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"]
     reason = f"{field}: {message[:1].lower()}{message[1:]}"
     return (
         f"{source}={text}: not a decoding strategy ({reason}). Allowed: {SHORT_FORMS}. Correct it."
@@ -264,18 +281,22 @@ def decoding_problems(section: DecodingSection, path: str) -> Iterator[str]:
                 f"strategy={strategy}."
             )
 
+    # Greedy search has one result, a beam search its beams. With choices it has no more than those.
     limit = {"greedy": 1, "beam": section.num_beams}.get(section.strategy, section.num_samples)
     if section.choices and section.strategy == "beam":
         limit = min(limit, len(section.choices))
+
     if section.num_samples > limit:
+        verb = "is" if limit == 1 else "are"
         yield (
             f"{path}.num_samples={section.num_samples}: strategy={section.strategy} has fewer "
-            f"generations per prompt here. At most {limit} {'is' if limit == 1 else 'are'} "
-            "allowed. Lower it, or set strategy=sample."
+            f"generations per prompt here. At most {limit} {verb} allowed. Lower it, or set "
+            "strategy=sample."
         )
 
     if not all(section.choices) or len(set(section.choices)) < len(section.choices):
         yield (f"{path}.choices: one is empty or listed twice. Allowed: distinct texts. Remove it.")
+
     if section.choices and not section.max_new_tokens:
         yield (
             f"{path}.choices: max_new_tokens=0 generates nothing. Needed: a number above 0. Set "

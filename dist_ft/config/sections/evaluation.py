@@ -15,6 +15,7 @@ from dist_ft.config.sections.robustness import RobustnessSection
 class EvaluationSection(GenerationSection):
     """Loss and metrics on held-out data, and generations for it."""
 
+    # Operational, though the fields of a source are marked: held-out data may change in a resume.
     data: Sources = Field(
         (),
         description="Held-out data, in the format of the training data; empty: no evaluation.",
@@ -58,6 +59,7 @@ def _patience(evaluation: EvaluationSection) -> Iterator[str]:
 
 
 def _needs_data(evaluation: EvaluationSection) -> Iterator[str]:
+    # at_start and at_end are on by default, so they are no sign of a mistake.
     for field in ("every_epochs", "every_steps"):
         value = getattr(evaluation, field)
         if value and not evaluation.data:
@@ -79,7 +81,10 @@ def _generation(evaluation: EvaluationSection) -> Iterator[str]:
                 f"evaluation.decoding.max_new_tokens={max_new_tokens}: there are no prompts. Needs "
                 "evaluation.data. Set it."
             )
+
         return
+
+    # Settings of generations without any are most likely a forgotten max_new_tokens.
     for field in GenerationSection.model_fields:
         if field != "decoding" and not evaluation.is_default(field):
             yield (

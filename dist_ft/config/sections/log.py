@@ -55,6 +55,7 @@ class MlflowSection(Section):
 class LogSection(Section):
     """Progress lines, metrics and experiment trackers."""
 
+    # No field is part of the identity: what is logged changes nothing of the run.
     every_steps: int = Field(1, ge=1, description="Steps between progress lines and metrics.")
     straggler_steps: int = Field(
         20,

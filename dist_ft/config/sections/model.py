@@ -13,6 +13,7 @@ from dist_ft.config.sections.section import Identity, Section
 class ModelSection(Section):
     """The model to train, and how it computes."""
 
+    # Part of the identity is what the weights start from and how text becomes tokens.
     path: str = Identity(
         description=(
             "Model folder, fsspec URL of one, or hub name (org/name; gated ones read HF_TOKEN from "
@@ -36,6 +37,8 @@ class ModelSection(Section):
     chat_template: str | None = Identity(
         None, description="File with a Jinja chat template; default: that of the tokenizer."
     )
+    # From here on: how the model computes. A resume on other hardware may change it; checkpoints
+    # hold the trained weights in float32 in any case.
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16",
         description=(

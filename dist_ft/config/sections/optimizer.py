@@ -14,6 +14,7 @@ from dist_ft.config.sections.section import Section
 class OptimizerSection(Section):
     """Optimizer settings."""
 
+    # No field is part of the identity: samples and model stay the same with another learning rate.
     name: Literal["adamw", "sgd", "adafactor"] = Field(
         "adamw",
         description="Optimizer; adafactor is not element-wise: one process or ZeRO stage 0 only.",
@@ -42,6 +43,7 @@ USED_BY = {"beta1": "adamw", "beta2": "adamw", "eps": "adamw", "momentum": "sgd"
 
 
 def _unused_fields(optimizer: OptimizerSection) -> Iterator[str]:
+    # A field without effect is refused: whoever set it expects one.
     for field, name in USED_BY.items():
         if optimizer.name != name and not optimizer.is_default(field):
             yield (

@@ -13,6 +13,7 @@ from dist_ft.config.sections.task import TaskSection
 
 def _as_words(value: Any) -> Any:
     """Accept numbers as names of labels."""
+    # YAML reads the labels 0 and 1 as numbers.
     if not isinstance(value, dict):
         return value
     return {str(label): words for label, words in value.items()}
@@ -21,6 +22,7 @@ def _as_words(value: Any) -> Any:
 class PromptingSection(Section):
     """How a model predicts labels without a head."""
 
+    # Prompts and words of labels are what is trained on, so they belong to the identity.
     method: Literal["none", "likelihood", "generation", "prototypes"] = Identity(
         "none",
         description=(
@@ -78,6 +80,7 @@ class PromptingSection(Section):
             "prompts (contextual calibration, arXiv:2102.09690)."
         ),
     )
+    # Only for generation, which is never trained.
     max_new_tokens: int = Field(
         64, ge=1, description="generation: maximum length of an answer, in tokens."
     )
@@ -85,9 +88,14 @@ class PromptingSection(Section):
 
 def get_model_task(task: TaskSection, prompting: PromptingSection) -> TaskSection:
     """Return the task that the model itself is loaded for: with a prompt it continues text."""
+    # Both need a causal model's next tokens, whatever task the labels belong to.
     if prompting.method in ("likelihood", "generation"):
         return TaskSection()
-    return TaskSection(name="embedding") if prompting.method == "prototypes" else task
+
+    # Prototypes are mean vectors of texts.
+    if prompting.method == "prototypes":
+        return TaskSection(name="embedding")
+    return task
 
 
 def untrainable_problems(prompting: PromptingSection) -> Iterator[str]:
@@ -113,6 +121,7 @@ def _templates(prompting: PromptingSection) -> Iterator[str]:
             "prompting.templates: not set. likelihood needs a prompt, such as "
             "'Review: {text}\\nSentiment:'. Write one."
         )
+
     if prompting.method == "prototypes" and prompting.templates:
         yield (
             "prompting.templates: not used by prompting.method=prototypes. Allowed with likelihood "

@@ -11,6 +11,7 @@ from dist_ft.config.sections.section import Section
 class RobustnessSection(Section):
     """Further scores of `dist-ft evaluate`; the evaluations of a run leave them out."""
 
+    # Not evaluated during a run: each score needs another pass over the held-out data.
     typo_rate: float = Field(
         0.0,
         ge=0,

@@ -12,6 +12,8 @@ from dist_ft.config.sections.section import Identity, Section
 class RunSection(Section):
     """Name, location and seed of the run."""
 
+    # KubeRay allows 47 characters for the name of a RayJob. Not marked as identity: another name is
+    # another run, so there is nothing to compare.
     name: str = Field(
         pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$",
         description=(
@@ -27,6 +29,7 @@ class RunSection(Section):
             "metrics in its subfolder <name>/."
         ),
     )
+    # Below 2**63, as the seeds that `core.seeds` derives from it.
     seed: int = Identity(
         0,
         ge=0,

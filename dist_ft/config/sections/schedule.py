@@ -13,6 +13,7 @@ from dist_ft.config.sections.section import Section
 class ScheduleSection(Section):
     """Length of the run and learning-rate schedule, a pure function of the step."""
 
+    # No field is part of the identity: a run may be extended, or end with another rate.
     name: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after warm-up."
     )
@@ -43,6 +44,7 @@ def _length(schedule: ScheduleSection) -> Iterator[str]:
             "schedule.steps: neither steps nor epochs is set. One of them is needed as the length "
             "of the run. Set schedule.steps or schedule.epochs."
         )
+
     if schedule.steps is not None and schedule.epochs is not None:
         yield (
             f"schedule.steps={schedule.steps}: schedule.epochs={schedule.epochs} is also set. Only "
@@ -60,7 +62,9 @@ def _warmup(schedule: ScheduleSection) -> Iterator[str]:
 
 
 def _warmup_fits(schedule: ScheduleSection) -> Iterator[str]:
-    warmup, steps = schedule.warmup_steps, schedule.steps
+    # With epochs the number of steps follows from the data, which is not read here.
+    warmup = schedule.warmup_steps
+    steps = schedule.steps
     if warmup is not None and steps is not None and warmup > steps:
         yield (
             f"schedule.warmup_steps={warmup}: longer than the run of schedule.steps={steps}. At "

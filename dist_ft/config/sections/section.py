@@ -12,12 +12,14 @@ def Identity(*args: Any, **kwargs: Any) -> Any:
 
     Takes the arguments of `Field`, except json_schema_extra, which stores the mark.
     """
+    # In the field's own metadata, so that the mark cannot get out of step with the field.
     return Field(*args, json_schema_extra={"identity": True}, **kwargs)
 
 
 class Section(BaseModel):
     """Base class of all sections: immutable; an unknown key is an error."""
 
+    # pydantic would ignore unknown keys: a misspelled field would silently keep its default.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def is_default(self, field: str) -> bool:
@@ -27,4 +29,7 @@ class Section(BaseModel):
 
 def as_tuple(value: object) -> object:
     """Return a string as a tuple of one string, and any other value unchanged."""
-    return (value,) if isinstance(value, str) else value
+    # tuple() of a string would be its characters.
+    if isinstance(value, str):
+        return (value,)
+    return value

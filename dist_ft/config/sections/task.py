@@ -18,6 +18,7 @@ from dist_ft.config.sections.decoding import TextMetric
 from dist_ft.config.sections.section import Identity, Section
 from dist_ft.config.task_facts import IMPORT_PATH, TASKS, task_class
 
+# The keys of TASKS. Type checkers need the names themselves.
 TaskName = Literal[
     "causal_lm",
     "sequence_classification",
@@ -33,6 +34,7 @@ TaskName = Literal[
 
 def _accept_own_task(value: object, validate: ValidatorFunctionWrapHandler) -> object:
     """Accept the import path of a class, which is imported when it is used."""
+    # Only its form is checked here: validating a stored config must not import code.
     if isinstance(value, str) and IMPORT_PATH.fullmatch(value):
         return value
     return validate(value)
@@ -40,7 +42,9 @@ def _accept_own_task(value: object, validate: ValidatorFunctionWrapHandler) -> o
 
 def _as_labels(value: object) -> object:
     """Accept numbers as names of labels."""
-    return tuple(str(item) for item in value) if isinstance(value, list | tuple) else value
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(str(item) for item in value)
 
 
 class RiskSection(Section):
@@ -125,6 +129,7 @@ class ColumnsSection(Section):
 class TaskSection(Section):
     """What the model does."""
 
+    # Serialized as a plain text: pydantic warns of an import path, which is none of the literals.
     name: Annotated[TaskName, WrapValidator(_accept_own_task), PlainSerializer(str)] = Identity(
         "causal_lm",
         description=(
@@ -136,6 +141,7 @@ class TaskSection(Section):
             "related texts. Or the import path of your own class, such as mypackage.tasks:MyTask."
         ),
     )
+    # Operational: a run may continue with minimum risk, on the same model and the same samples.
     objective: Literal["likelihood", "minimum_risk"] = Field(
         "likelihood",
         description=(
@@ -166,6 +172,7 @@ class TaskSection(Section):
             "new_head."
         ),
     )
+    # Weights of the loss change neither the head nor the samples, unlike the labels and new_head.
     class_weights: tuple[PositiveFloat, ...] = Field(
         (),
         description=(
@@ -224,6 +231,7 @@ TASK_FIELDS = (
 
 
 def _unused_fields(task: TaskSection) -> Iterator[str]:
+    # A user's own task lists its fields as well; the message can only name tasks of dist_ft.
     used = task_class(task.name).fields
     for field in TASK_FIELDS:
         if field not in used and not task.is_default(field):

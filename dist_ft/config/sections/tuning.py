@@ -70,6 +70,7 @@ class AnchorSection(Section):
             "on `data` (elastic weight consolidation, arXiv:1612.00796); none: no pull."
         ),
     )
+    # Not part of the identity: the initial weights are stored, so a resume may pull harder or less.
     strength: float = Field(
         0.0,
         ge=0,
@@ -181,6 +182,8 @@ class TuningSection(Section):
             "pulled."
         ),
     )
+    # Part of the identity, unlike other regularization: whether there is an average decides what
+    # state a checkpoint holds.
     ema_decay: float = Identity(
         0.0,
         ge=0,
@@ -209,11 +212,13 @@ def _trainable_weights(tuning: TuningSection) -> Iterator[str]:
             "tuning.method=partial: no weights to train are named. Needs tuning.last_layers or "
             "tuning.trainable. Set one, or tuning.method=full."
         )
+
     if tuning.last_layers and tuning.method != "partial":
         yield (
             f"tuning.last_layers={tuning.last_layers}: not used by tuning.method={tuning.method}. "
             "Allowed with tuning.method=partial. Set that, or remove it."
         )
+
     if tuning.trainable and tuning.method == "full":
         yield (
             "tuning.trainable: tuning.method=full trains all weights. Allowed with all other "
@@ -226,6 +231,8 @@ def _adapter_targets(tuning: TuningSection) -> Iterator[str]:
         targets = getattr(tuning, name).targets
         if len(targets) == 1:
             continue
+
+        # As one of several, a keyword would be taken for the name of a layer.
         for keyword in {"all-linear", "auto"} & set(targets):
             yield (
                 f"tuning.{name}.targets={list(targets)}: {keyword} stands for a list of layers. It "
@@ -244,20 +251,25 @@ def _unused_sections(tuning: TuningSection) -> Iterator[str]:
 
 
 def _prompt(tuning: TuningSection) -> Iterator[str]:
-    method, prompt = f"tuning.method={tuning.method}", tuning.prompt
+    method = f"tuning.method={tuning.method}"
+    prompt = tuning.prompt
     if tuning.method not in PROMPT_METHODS:
         return
+
     if (prompt.init == "text") != (prompt.text is not None):
         yield (
             f"tuning.prompt.init={prompt.init}: init=text and tuning.prompt.text, its initial "
             "text, need each other. Set both, or neither."
         )
+
     for field, only in {"init": "prompt_tuning", "projection": "prefix_tuning"}.items():
         if tuning.method != only and not prompt.is_default(field):
             yield (
                 f"tuning.prompt.{field}: not used by {method}. Allowed with tuning.method={only}. "
                 "Remove it."
             )
+
+    # Only these two compute virtual tokens by a network, prefix_tuning only on request.
     uses_network = tuning.method == "p_tuning" or (
         tuning.method == "prefix_tuning" and prompt.projection
     )
@@ -281,12 +293,14 @@ def _adalora(tuning: TuningSection) -> Iterator[str]:
     adalora = tuning.adalora
     if tuning.method != "adalora":
         return
+
     if adalora.end_step <= adalora.begin_step:
         yield (
             f"tuning.adalora.end_step={adalora.end_step}: ranks are allocated between "
             f"tuning.adalora.begin_step={adalora.begin_step} and this step. A later step is "
             "needed. Set it, below the steps of the run."
         )
+
     if adalora.rank >= adalora.initial_rank:
         yield (
             f"tuning.adalora.rank={adalora.rank}: not below "
@@ -310,6 +324,8 @@ def _adversarial(tuning: TuningSection) -> Iterator[str]:
                 f"tuning.adversarial.method={section.method}. Allowed with {' or '.join(methods)}. "
                 "Set such a method, or remove it."
             )
+
+    # The farthest that all steps in one direction get: a larger ball would never be projected onto.
     reach = section.steps * section.step_size
     if section.method == "pgd" and reach < section.epsilon:
         yield (
@@ -326,17 +342,24 @@ def _anchor(tuning: TuningSection) -> Iterator[str]:
             f"tuning.anchor.strength={anchor.strength:g}: tuning.anchor.method is {anchor.method}. "
             "Allowed: l2 or ewc with a strength above 0, or neither. Set the other, or remove it."
         )
+
     if (anchor.method == "ewc") != bool(anchor.data):
-        state, remedy = ("set", "Remove it") if anchor.data else ("not set", "Set it")
+        if anchor.data:
+            state, remedy = "set", "Remove it"
+        else:
+            state, remedy = "not set", "Set it"
+
         yield (
             f"tuning.anchor.data: is {state} with tuning.anchor.method={anchor.method}. ewc, and "
             f"only ewc, needs it. {remedy}, or change the method."
         )
+
     if anchor.max_samples and anchor.method != "ewc":
         yield (
             f"tuning.anchor.max_samples={anchor.max_samples}: not used by "
             f"tuning.anchor.method={anchor.method}. Allowed with ewc. Remove it."
         )
+
     is_pointless = tuning.method in _METHODS_WITHOUT_ANCHOR and not tuning.trainable
     if anchor.method != "none" and is_pointless:
         yield (

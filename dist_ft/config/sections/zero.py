@@ -13,6 +13,7 @@ from dist_ft.config.sections.section import Section
 class ZeroSection(Section):
     """DeepSpeed ZeRO. Not used in one process (cluster.workers=0)."""
 
+    # No field is part of the identity: checkpoints load at any stage, and without DeepSpeed.
     stage: Literal[0, 1, 2, 3] = Field(
         3,
         description=(
@@ -40,6 +41,7 @@ def _offload_stage(zero: ZeroSection) -> Iterator[str]:
             f"zero.offload_param={zero.offload_param}: only sharded weights can be offloaded. "
             f"Needs zero.stage=3 (now {zero.stage}). Set zero.stage=3, or offload_param to none."
         )
+
     if zero.offload_optimizer != "none" and zero.stage < 1:
         yield (
             f"zero.offload_optimizer={zero.offload_optimizer}: only sharded optimizer state can be "
@@ -49,14 +51,18 @@ def _offload_stage(zero: ZeroSection) -> Iterator[str]:
 
 
 def _offload_nvme(zero: ZeroSection) -> Iterator[str]:
-    fields = [
-        field for field in ("offload_optimizer", "offload_param") if getattr(zero, field) == "nvme"
-    ]
+    fields = []
+    for field in ("offload_optimizer", "offload_param"):
+        if getattr(zero, field) == "nvme":
+            fields.append(field)
+
     if fields and not zero.nvme_path:
         yield (
             f"zero.{fields[0]}=nvme: zero.nvme_path is not set. A local folder on the disk is "
             "needed. Set zero.nvme_path."
         )
+
+    # The swap of optimizer state to nvme is part of DeepSpeed's ZeRO-3 optimizer only.
     if "offload_optimizer" in fields and zero.stage < 3:
         yield (
             "zero.offload_optimizer=nvme: DeepSpeed offloads to nvme only at zero.stage=3 (now "

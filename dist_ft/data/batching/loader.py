@@ -84,6 +84,8 @@ class Loader:
         self._prefetch_steps = prefetch_steps
         self._masking = masking
         self._augmentation = augmentation
+
+        # A property that sums over all blocks: computed once, as every batch needs it.
         self._first_samples = index.first_samples
         self._max_samples = index.recipe.get("max_samples") or None
         self._packed: OrderedDict[tuple[int, int], PackedBlock] = OrderedDict()
@@ -99,6 +101,8 @@ class Loader:
         """Return one batch for each of `lanes` at `step`, from 0; a lane may be empty."""
         refs_by_lane = [self.plan.sequence_refs(step, lane) for lane in lanes]
         batches = [self._batch(refs, lane) for refs, lane in zip(refs_by_lane, lanes, strict=True)]
+
+        # only now: blocks of this step must not wait behind those of later steps
         for refs in refs_by_lane:
             self._request_ahead(refs)
         return batches
@@ -111,16 +115,22 @@ class Loader:
         The next steps are built in a background thread.
         """
         self._set_max_open_blocks(len(lanes))
+        # one thread, so that steps are built in order
         pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
         pending: deque[Future[list[Batch]]] = deque()
         try:
             for step in range(start, stop):
                 pending.append(pool.submit(self.batches, step, lanes))
                 if len(pending) > self._prefetch_steps:
+                    # raises here what the thread raised
                     yield pending.popleft().result()
+
             while pending:
                 yield pending.popleft().result()
         finally:
+            # Also runs when the consumer stops early. A thread that waits for a block to be
+            # tokenized cannot be interrupted, so waiting for it has a limit; closing the store ends
+            # it.
             pool.shutdown(wait=False, cancel_futures=True)
             running = [future for future in pending if not future.cancelled()]
             is_busy = bool(wait(running, CLOSE_S).not_done)
@@ -133,7 +143,10 @@ class Loader:
                 self._packed.move_to_end((epoch, number))
                 return self._packed[epoch, number]
 
+        # Outside the lock, as packing may wait for the block to be tokenized. Two threads that pack
+        # the same block get the same result.
         packed = self._pack(epoch, number)
+
         with self._lock:
             self._packed[epoch, number] = packed
             if len(self._packed) > self.store.max_open_blocks:
@@ -152,7 +165,9 @@ class Loader:
         Raises:
             DataError: the number of sequences differs from the index.
         """
-        data, batch = self.plan.data, self.plan.batch
+        data = self.plan.data
+        batch = self.plan.batch
+
         max_rows = None
         if self._max_samples is not None:
             max_rows = max(0, self._max_samples - int(self._first_samples[number]))
@@ -160,7 +175,10 @@ class Loader:
             self.store.block(number), batch.sequence_length, data.overlong, max_rows
         )
 
-        seed = derive_seed(self.plan.seed, epoch, number) if data.shuffle else None
+        # each epoch packs other segments together, but into the same number of sequences
+        seed = None
+        if data.shuffle:
+            seed = derive_seed(self.plan.seed, epoch, number)
         sequences = group_into_sequences(
             segments[:, 2],
             batch.sequence_length,
@@ -171,6 +189,7 @@ class Loader:
 
         num_sequences = len(sequences.offsets) - 1
         num_indexed = self.index.block_stats[number].num_sequences
+        # The plan addresses sequences by the index's counts: with others, samples would be lost.
         if num_sequences != num_indexed:
             raise DataError(
                 f"data: block {number} has {num_sequences} sequences, but {num_indexed} in the "
@@ -187,26 +206,29 @@ class Loader:
         token_parts: list[np.ndarray] = []
         target_parts: list[np.ndarray] = []
         segments_by_row: list[np.ndarray] = []
+        row_sources: list[tuple[int, int]] = []
         for ref in refs:
             bounds = self.packed(ref.epoch, ref.block).sequence(ref.sequence)  # (n, 3)
             row, first, size = bounds.T
+
             block = self.store.block(ref.block)
             starts = block.offsets[row] + first
             for start, stop in zip(starts.tolist(), (starts + size).tolist(), strict=True):
                 token_parts.append(block.tokens[start:stop])
                 target_parts.append(block.targets[start:stop])
+
+            # The segments are as stored in the data: masks, augmentation and the ledger identify a
+            # sample by them.
             sample_ids = row + self._first_samples[ref.block]
             epochs = np.full(len(bounds), ref.epoch)
             segments_by_row.append(np.column_stack([sample_ids, first, size, epochs]))
+            row_sources.append((ref.source, size.sum()))
 
         tokens = np.concatenate(token_parts)  # (L,)
         targets = np.concatenate(target_parts)  # (L,)
         segments = np.concatenate(segments_by_row)  # (N, 4)
         segments_per_row = [len(own) for own in segments_by_row]
         rows = np.repeat(np.arange(len(refs)), segments_per_row)  # (N,)
-        row_sources = np.array(
-            [(ref.source, own[:, 2].sum()) for ref, own in zip(refs, segments_by_row, strict=True)]
-        )
 
         if self._masking is not None:
             tokens, targets = self._masking.apply(tokens, targets, segments)
@@ -215,10 +237,12 @@ class Loader:
             tokens, targets, lengths = self._augmentation.apply(tokens, targets, segments)
 
         batch = assemble_batch(tokens, targets, segments, rows, lane, lengths)
-        return replace(batch, row_sources=row_sources)
+        return replace(batch, row_sources=np.array(row_sources))
 
     def _request_ahead(self, refs: Sequence[SequenceRef]) -> None:
         """Let the blocks that come next be tokenized, so that no step waits for one."""
+        # The last sequence of each source and epoch: a lane that crosses into the next epoch reads
+        # from two orders of blocks.
         last_by_epoch = {(ref.source, ref.epoch): ref for ref in refs}
         for ref in last_by_epoch.values():
             for number in self.plan.blocks_after(ref, BLOCKS_AHEAD):
@@ -244,14 +268,19 @@ def assemble_batch(
         lane: stored in the batch.
         changed_lengths: (N,) tokens of each segment, if they differ from `segments`.
     """
-    lengths = segments[:, 2] if changed_lengths is None else changed_lengths
-    ends = np.cumsum(lengths)
-    is_labeled = targets.dtype == np.int32
-    flat_targets = targets if is_labeled else _next_token_targets(tokens, targets, ends)
+    lengths = changed_lengths
+    if lengths is None:
+        lengths = segments[:, 2]
+    ends = np.cumsum(lengths)  # (N,)
+
+    # labels belong to their own position; marks of next-token targets are shifted by one
+    flat_targets = targets  # (L,)
+    if targets.dtype != np.int32:
+        flat_targets = _next_token_targets(tokens, targets, ends)
     flat_positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
 
     # a row ends with its last segment
-    last_segments = np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)
+    last_segments = np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)  # (B,)
     row_edges = [0, *ends[last_segments].tolist()]
     num_rows = len(row_edges) - 1
     num_tokens = max(stop - start for start, stop in pairwise(row_edges))
@@ -264,7 +293,9 @@ def assemble_batch(
         input_ids[row, :length] = tokens[start:stop]
         target_ids[row, :length] = flat_targets[start:stop]
         position_ids[row, :length] = flat_positions[start:stop]
+        # positions restart at 0 where a sample starts, so the padding is a sample of its own
         position_ids[row, length:] = np.arange(num_tokens - length)
+
     return Batch(
         input_ids, target_ids, position_ids, segments, lane, changed_lengths=changed_lengths
     )
@@ -284,6 +315,7 @@ def _next_token_targets(tokens: np.ndarray, is_target: np.ndarray, ends: np.ndar
     next_is_target = np.zeros(len(tokens), dtype=bool)
     next_is_target[:-1] = is_target[1:]
     next_is_target[ends - 1] = False  # the next token belongs to another segment
+
     targets = np.full(len(tokens), IGNORE_INDEX, dtype=tokens.dtype)
     np.copyto(targets[:-1], tokens[1:], where=next_is_target[:-1])
     return targets

@@ -65,16 +65,18 @@ class Masking:
             labels: int32 (L,): the token itself where it may be masked, else `IGNORE_INDEX`.
             segments: (N, 4) [sample id, first token, number of tokens, epoch].
         """
-        draws = np.concatenate(
-            [
-                random_uint64(derive_seed(self.seed, epoch, sample, first), size)
-                for sample, first, size, epoch in segments.tolist()
-            ]
-        )
-        chance = to_unit_interval(draws)
+        # One seed for each segment, so that its masks do not depend on the batch it is in.
+        segment_draws = []
+        for sample, first, size, epoch in segments.tolist():
+            segment_seed = derive_seed(self.seed, epoch, sample, first)
+            segment_draws.append(random_uint64(segment_seed, size))
+        draws = np.concatenate(segment_draws)  # (L,)
+
+        chance = to_unit_interval(draws)  # (L,)
         chance[labels == IGNORE_INDEX] = 2.0  # never selected
 
-        # select by probability, and the token with the smallest draw of each segment
+        # Select by probability, and the token with the smallest draw of each segment: one without
+        # a target would add nothing to the loss. (A smallest draw of 2: no token may be masked.)
         lengths = segments[:, 2]
         starts = np.cumsum(lengths) - lengths
         smallest = np.repeat(np.minimum.reduceat(chance, starts), lengths)
@@ -86,6 +88,8 @@ class Masking:
         kind = np.where(by_chance, chance / self.probability, 0.0)
         is_masked = selected & (kind < MASKED_BELOW)
         is_replaced = selected & (kind >= MASKED_BELOW) & (kind < REPLACED_BELOW)
+
+        # The remainder is about uniform even among draws from a narrow interval.
         random_tokens = (draws % np.uint64(self.vocab_size)).astype(np.int64)
 
         masked = np.where(is_masked, self.mask_id, tokens)

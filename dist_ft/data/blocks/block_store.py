@@ -85,10 +85,16 @@ class BlockStore:
         self.max_open_blocks = 16
         self.fingerprint = token_cache.compute_fingerprint(encoder)
 
-        total_bytes = sum(block.num_bytes for block in blocks)
-        self._pool = pool if total_bytes > SMALL_BYTES else None
         self._limit_bytes = limit_bytes
-        num_threads = max(4, pool.size if pool else 0)
+        self._pool: TokenizerPool | None = None
+        total_bytes = sum(block.num_bytes for block in blocks)
+        if total_bytes > SMALL_BYTES:
+            self._pool = pool
+
+        # each process of the pool needs a thread that waits for it
+        num_threads = 4
+        if pool:
+            num_threads = max(4, pool.size)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="dist_ft-blocks")
 
         self._open: OrderedDict[int, TokenizedBlock] = OrderedDict()
@@ -110,15 +116,21 @@ class BlockStore:
             DataError: a shard vanished or changed, or holds a row that cannot be used.
             StorageError: the data or the cache cannot be read or written.
         """
+        # Another writer may evict the block from the cache between the end of tokenizing and
+        # opening the file: try again.
         for _ in range(MAX_LOAD_TRIES):
             try:
                 with self._lock:
                     if number in self._open:
                         self._open.move_to_end(number)
                         return self._open[number]
+
                     block = token_cache.load_block(self.path(number))
                     if block is not None:
                         return self._hold_open(number, block)
+
+                # Outside the lock: `request` takes it too, and threads that need other blocks must
+                # not wait for this one.
                 self.request(number).result()
             except OSError as error:
                 raise StorageError(
@@ -142,6 +154,7 @@ class BlockStore:
         with self._lock:
             if number in self._in_progress:
                 return self._in_progress[number]
+
             if number in self._open or self.path(number).exists():
                 ready: Future[None] = Future()
                 ready.set_result(None)
@@ -151,29 +164,43 @@ class BlockStore:
             future = self._threads.submit(self._tokenize, numbers)
             for each in numbers:
                 self._in_progress[each] = future
+
+        # Outside the lock: if the future is done by now, the callback runs here at once and takes
+        # the lock itself.
         future.add_done_callback(lambda _: self._mark_done(numbers))
         return future
 
     def iter_blocks(self, numbers: Sequence[int]) -> Iterator[tuple[int, TokenizedBlock]]:
         """Yield (number, block) for ascending `numbers` while later passes are tokenized."""
-        num_passes_ahead = 2 * (self._pool.size if self._pool else 1)
+        # twice the number of passes that run at a time, so that no process has to wait for work
+        num_passes_ahead = 2
+        if self._pool:
+            num_passes_ahead = 2 * self._pool.size
+
         needed = frozenset(numbers)
         first_of_pass = [next(own) for _, own in groupby(numbers, self._read_pass)]
         pass_number = {number: i for i, number in enumerate(first_of_pass)}
 
         for number in numbers:
+            # At the first block of a pass, start those after it. The other blocks of the pass are
+            # in progress already, unless they were evicted.
             current = pass_number.get(number)
             if current is None:
                 self.request(number, needed)
             else:
                 for first in first_of_pass[current : current + num_passes_ahead]:
                     self.request(first, needed)
+
             yield number, self.block(number)
+
+            # each block is used once here, so its file need not stay open
             with self._lock:
                 self._open.pop(number, None)
 
     def close(self) -> None:
         """Stop tokenizing blocks."""
+        # First no new tasks, then end the processes that running tasks wait for, and only then wait
+        # for the threads: they would otherwise wait until the processes finish.
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
             self._pool.close()
@@ -183,6 +210,7 @@ class BlockStore:
         """Keep a block open and return it; refuse one that differs from the index."""
         if self.checksums is not None and block.checksum != self.checksums[number]:
             self._refuse_altered(number)
+
         self._open[number] = block
         if len(self._open) > self.max_open_blocks:
             self._open.popitem(last=False)
@@ -191,8 +219,11 @@ class BlockStore:
     def _refuse_altered(self, number: int) -> NoReturn:
         shard_numbers = dict.fromkeys(part.shard for part in self.blocks[number].ranges)
         shards = [self.shards[shard] for shard in shard_numbers]
+
+        # The cached block must not outlive this error: once the data is restored, it is wrong.
         with suppress(OSError):
             self.path(number).unlink()
+
         for shard in shards:
             require_unchanged(shard)  # raises the more precise error
 
@@ -207,6 +238,7 @@ class BlockStore:
 
     def _read_pass(self, number: int) -> ReadPass:
         """Return the pass of a block: over its shard, over a row group, or over the block alone."""
+        # Only a block of one range lies in a single pass.
         first = self.blocks[number].ranges[0]
         if len(self.blocks[number].ranges) == 1:
             if readers.is_sequential(self.shards[first.shard]):
@@ -226,14 +258,16 @@ class BlockStore:
         if needed is None and read_pass.group != END_OF_SHARD:
             return [number]
 
-        missing = [
-            peer
-            for peer in self._blocks_by_pass[read_pass]
-            if (needed is None or peer in needed)
-            and peer not in self._in_progress
-            and not self.path(peer).exists()
-        ]
-        return missing if number in missing else [number]
+        missing = []
+        for peer in self._blocks_by_pass[read_pass]:
+            is_needed = needed is None or peer in needed
+            if is_needed and peer not in self._in_progress and not self.path(peer).exists():
+                missing.append(peer)
+
+        # Another process may have written it by now. The caller still gets a future of its own.
+        if number not in missing:
+            return [number]
+        return missing
 
     def _mark_done(self, numbers: Sequence[int]) -> None:
         with self._lock:
@@ -249,6 +283,8 @@ class BlockStore:
         try:
             lock.acquire(timeout=LOCK_TIMEOUT_S)
         except (Timeout, NotImplementedError):
+            # A network disk without locks, or a holder that hangs. Two processes may then tokenize
+            # the same block: a waste, but each writes the same content in one step.
             log.warning(
                 "%s: the lock cannot be acquired; the block is tokenized without it",
                 lock.lock_file,

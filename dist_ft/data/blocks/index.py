@@ -3,6 +3,8 @@
 It is the run's data manifest: built once (`index_builder`) and stored with the run, so that a
 resumed run plans the same steps without reading the data again. Its size grows with shards and
 blocks, not with samples. A shard that has changed or vanished since is refused by name.
+
+Arrays have one dimension: the blocks, source after source.
 """
 
 from __future__ import annotations
@@ -94,31 +96,38 @@ class Index:
 
     def first_bad_row(self) -> str:
         """Return what was wrong with the first row that could not be used; empty: none."""
-        return next((stats.first_bad for stats in self.block_stats if stats.first_bad), "")
+        for stats in self.block_stats:
+            if stats.first_bad:
+                return stats.first_bad
+        return ""
 
     def locate_sample(self, sample: int) -> SampleLocation:
         """Return the shard and row of a sample."""
-        first = self.first_samples
+        # "right": the first id of a block belongs to it, not to the block before
+        first = self.first_samples  # (blocks + 1,)
         number = int(np.searchsorted(first, sample, side="right")) - 1
         row = int(sample - first[number])  # within the block
 
         ranges = self.blocks[number].ranges
-        for shard_range, num_rows in zip(
-            ranges, self.block_stats[number].rows_per_range, strict=True
-        ):
+        rows_per_range = self.block_stats[number].rows_per_range
+        for shard_range, num_rows in zip(ranges, rows_per_range, strict=True):
             if row < num_rows:
                 shard_row = row + self._num_rows_before(shard_range)
                 return SampleLocation(self.shards[shard_range.shard], shard_row)
             row -= num_rows
+
         raise ValueError(f"sample={sample}: the data set has {self.num_samples} samples")
 
     def _num_rows_before(self, shard_range: ShardRange) -> int:
         """Return the number of rows of the range's shard that precede it."""
+        # Ranges by bytes do not say which row they start with. The ranges of a shard may be in
+        # several blocks, so all are searched: this serves messages, not training.
         num_rows = 0
         for block, stats in zip(self.blocks, self.block_stats, strict=True):
             for other, count in zip(block.ranges, stats.rows_per_range, strict=True):
                 if other.shard == shard_range.shard and other.start < shard_range.start:
                     num_rows += count
+
         return num_rows
 
     def verify_unchanged(self, shards: Sequence[Shard], field: str = "data.train") -> None:
@@ -129,14 +138,19 @@ class Index:
         """
         found = {shard.url: shard for shard in shards}
         indexed = {shard.url for shard in self.shards}
+
+        # The most specific problem first: one changed shard, then a new one, then the order.
         for shard in self.shards:
             if shard.url not in found:
                 self._refuse(field, f"the shard {shard.url} vanished since the run started")
             if found[shard.url] != shard:
                 self._refuse(field, f"the shard {shard.url} changed since the run started")
+
         for shard in shards:
             if shard.url not in indexed:
                 self._refuse(field, f"the shard {shard.url} is new since the run started")
+
+        # sample ids count rows over the shards in order
         if tuple(shards) != self.shards:
             self._refuse(field, "the shards are in another order than when the run started")
 
@@ -151,11 +165,12 @@ class Index:
             DataError: names what differs.
         """
         stored: dict[str, object] = {**self.recipe}
-        differences = [
-            f"{name} was {stored.get(name)}, is {value}"
-            for name, value in recipe.items()
-            if value != stored.get(name)
-        ]
+        differences = []
+        for name, value in recipe.items():
+            # a stored index may lack a key that a later version added
+            if value != stored.get(name):
+                differences.append(f"{name} was {stored.get(name)}, is {value}")
+
         if differences:
             raise DataError(
                 "data: samples become other tokens than when the run started "

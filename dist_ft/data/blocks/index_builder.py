@@ -35,6 +35,8 @@ def split_into_blocks(
     """
     all_shards = [shard for source in shards for shard in source]
     block_bytes = max(1, round(data.block_mib * 2**20))
+
+    # Some shards have to be read to find where to split them, so ranks share the work.
     ranges_by_shard = _distribute(
         range(len(all_shards)),
         lambda number: readers.split_into_ranges(all_shards[number], number, block_bytes),
@@ -43,12 +45,14 @@ def split_into_blocks(
         collectives,
     )
 
+    # Grouping follows from the ranges alone: every rank does it and gets the same blocks.
     blocks: list[Block] = []
     first = 0
     for source, own_shards in enumerate(shards):
         ranges: list[ShardRange] = []
         for number in range(first, first + len(own_shards)):
             ranges += ranges_by_shard[number]
+
         blocks += group_into_blocks(source, ranges, block_bytes)
         first += len(own_shards)
     return tuple(blocks)
@@ -84,12 +88,13 @@ def build_index(
     def url(number: int) -> str:
         return store.shards[store.blocks[number].ranges[0].shard].url
 
+    # One iteration over all own blocks: the store tokenizes ahead while a block is measured.
     own_numbers = _own_blocks(store.blocks, world)
     own_blocks = store.iter_blocks(own_numbers)
 
     def measure_next(number: int) -> BlockStats:
         next_number, block = next(own_blocks)
-        assert next_number == number
+        assert next_number == number  # `_distribute` goes through the numbers in this order
         return segments.measure_block(block, data, sequence_length)
 
     stats_by_block = _distribute(own_numbers, measure_next, url, world, collectives)
@@ -101,13 +106,18 @@ def build_index(
             max_rows = limited.max_rows[number]
             return segments.measure_block(store.block(number), data, sequence_length, max_rows)
 
+        # Only the rank that has the cut block measures it, but all must take part in the exchange.
         own_cut = [number for number in own_numbers if number in limited.max_rows]
         measured_again = _distribute(own_cut, measure_again, url, world, collectives)
         stats_by_block = {**limited.stats, **measured_again}
 
+    shard_sources: list[int] = []
+    for source, source_shards in enumerate(shards):
+        shard_sources += [source] * len(source_shards)
+
     index = Index(
         shards=store.shards,
-        shard_sources=tuple(i for i, source in enumerate(shards) for _ in source),
+        shard_sources=tuple(shard_sources),
         blocks=store.blocks,
         block_stats=tuple(stats_by_block[i] for i in range(len(store.blocks))),
         recipe=index_recipe(store.fingerprint, data, sequence_length, max_samples),
@@ -126,11 +136,12 @@ def _own_blocks(blocks: Sequence[Block], world: World) -> list[int]:
     num_shards = len({block.ranges[0].shard for block in blocks})
     if num_shards < world.num_ranks:
         return list(world.share(len(blocks)))
-    return [
-        number
-        for number, block in enumerate(blocks)
-        if block.ranges[0].shard % world.num_ranks == world.rank
-    ]
+
+    own_numbers = []
+    for number, block in enumerate(blocks):
+        if block.ranges[0].shard % world.num_ranks == world.rank:
+            own_numbers.append(number)
+    return own_numbers
 
 
 class _LimitedStats(NamedTuple):
@@ -150,13 +161,20 @@ def _limit_samples(stats_by_block: dict[int, BlockStats], max_samples: int) -> _
     """Limit statistics to the first `max_samples` rows."""
     limited: dict[int, BlockStats] = {}
     max_rows: dict[int, int] = {}
+
+    # All blocks stay in the index: blocks of a later source keep their numbers.
     left = max_samples
     for number in sorted(stats_by_block):
         stats = stats_by_block[number]
-        limited[number] = stats if left else segments.without_rows(stats)
+        if left:
+            limited[number] = stats
+        else:
+            limited[number] = segments.without_rows(stats)
+
         if 0 < left < stats.num_rows:
             max_rows[number] = left
         left = max(0, left - stats.num_rows)
+
     return _LimitedStats(limited, max_rows)
 
 
@@ -197,6 +215,8 @@ def _distribute(
                 failure = (number, DataError(redact(f"{name(number)}: {problem}")))
             break
 
+    # Failures first: every rank makes this call, whether it failed or not. The lowest number wins,
+    # so that the error is the one a single rank would have raised.
     failures = [found for found in collectives.all_gather(failure) if found is not None]
     if failures:
         _, first_error = min(failures, key=lambda found: found[0])
@@ -210,7 +230,9 @@ def _distribute(
 
 def _log_left_out(index: Index) -> None:
     """Warn about rows that are left out."""
-    num_left_out, num_bad = index.total("num_left_out"), index.total("num_bad")
+    num_left_out = index.total("num_left_out")
+    num_bad = index.total("num_bad")  # these are among those that are left out
+
     if num_bad:
         log.warning(
             "data.bad_rows=skip: %d of %d rows cannot be used and are skipped; the first: %s",
@@ -218,6 +240,7 @@ def _log_left_out(index: Index) -> None:
             index.num_samples,
             index.first_bad_row(),
         )
+
     if num_left_out > num_bad:
         log.warning(
             "%d of %d samples are left out: too long, or without a target token within "

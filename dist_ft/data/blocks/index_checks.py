@@ -27,6 +27,8 @@ def check_index(index: Index, data: DataSection, sequence_length: int) -> None:
 
 
 def _check_no_empty_shard(index: Index) -> None:
+    # Over all blocks: a shard may have its rows in several of them, and a range of it none (a long
+    # line belongs to the range that it starts in).
     num_rows = dict.fromkeys(range(len(index.shards)), 0)
     for block, stats in zip(index.blocks, index.block_stats, strict=True):
         for shard_range, count in zip(block.ranges, stats.rows_per_range, strict=True):
@@ -45,8 +47,10 @@ def _check_no_empty_shard(index: Index) -> None:
 def _check_one_format_per_source(index: Index) -> None:
     first_seen: dict[int, tuple[str, str]] = {}  # format and URL by source
     for block, stats in zip(index.blocks, index.block_stats, strict=True):
+        # a block without rows has no format
         if not stats.format:
             continue
+
         url = index.shards[block.ranges[0].shard].url
         row_format, first_url = first_seen.setdefault(block.source, (stats.format, url))
         if row_format != stats.format:
@@ -69,23 +73,27 @@ def _check_bad_rows(index: Index, data: DataSection) -> None:
 
 
 def _check_lengths(index: Index, data: DataSection, sequence_length: int) -> None:
-    refused = [
-        number
-        for number, stats in enumerate(index.block_stats)
-        if stats.num_too_long and not _is_handled(data.overlong, stats.format)
-    ]
+    # the format decides: `split` handles text, but not the chats of another source
+    refused = []
+    for number, stats in enumerate(index.block_stats):
+        if stats.num_too_long and not _is_handled(data.overlong, stats.format):
+            refused.append(number)
     if not refused:
         return
 
+    # the longest, as it says which batch.sequence_length would be enough
     worst = max(refused, key=lambda number: index.block_stats[number].longest)
     longest = index.block_stats[worst].longest
     longest_sample = int(index.first_samples[worst]) + index.block_stats[worst].longest_row
     shard, row = index.locate_sample(longest_sample)
     count = sum(index.block_stats[number].num_too_long for number in refused)
 
-    splits = data.overlong == "split"
-    samples = "samples that are not plain text" if splits else "samples"
-    policies = "truncate or drop" if splits else "truncate or drop (or split for plain text)"
+    samples = "samples"
+    policies = "truncate or drop (or split for plain text)"
+    if data.overlong == "split":
+        samples = "samples that are not plain text"
+        policies = "truncate or drop"
+
     raise DataError(
         redact(
             f"data.overlong={data.overlong}: {count} of {index.num_samples} {samples} are longer "
@@ -108,14 +116,14 @@ def _check_targets(index: Index, sequence_length: int) -> None:
         raise DataError("data: has no samples. At least one is needed. Check the sources.")
 
     for source in range(max(index.shard_sources) + 1):
-        own_stats = [
-            stats
-            for block, stats in zip(index.blocks, index.block_stats, strict=True)
-            if block.source == source
-        ]
+        num_rows = 0
+        num_sequences = 0
+        for block, stats in zip(index.blocks, index.block_stats, strict=True):
+            if block.source == source:
+                num_rows += stats.num_rows
+                num_sequences += stats.num_sequences
+
         # max_samples may end before this source, which then has no rows and is not refused
-        num_rows = sum(stats.num_rows for stats in own_stats)
-        num_sequences = sum(stats.num_sequences for stats in own_stats)
         if num_rows and not num_sequences:
             url = index.shards[index.shard_sources.index(source)].url
             raise DataError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, fields
+from typing import Any
 
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
@@ -31,7 +32,12 @@ def save(index: Index, store: Store, name: str) -> None:
     """
     import xxhash
 
+    # Values without their names, which are stored once: an index may have many thousands of blocks.
     field_names = [field.name for field in fields(BlockStats)]
+    stats_values = []
+    for stats in index.block_stats:
+        stats_values.append([getattr(stats, field) for field in field_names])
+
     body = json.dumps(
         {
             "recipe": index.recipe,
@@ -39,9 +45,7 @@ def save(index: Index, store: Store, name: str) -> None:
             "shard_sources": index.shard_sources,
             "blocks": [_block_values(block) for block in index.blocks],
             "measure": [STORED_NAMES.get(field, field) for field in field_names],
-            "measures": [
-                [getattr(stats, field) for field in field_names] for stats in index.block_stats
-            ],
+            "measures": stats_values,
         }
     )
     header = json.dumps(
@@ -65,25 +69,18 @@ def load(store: Store, name: str) -> Index | None:
     try:
         header_line, _, body = store.read(f"{name}.json").partition(b"\n")
         header = json.loads(header_line)
+        # Before the checksum: the file of another version must not be reported as damaged.
         if header["format"] != FORMAT_VERSION:
             raise DataError(
                 f"{url}: has format {header['format']}. This version reads format "
                 f"{FORMAT_VERSION}. Remove the file to rebuild the index."
             )
+
         body = body.removesuffix(b"\n")
         if xxhash.xxh3_128_hexdigest(body) != header["checksum"]:
             raise ValueError("the checksum differs")
-        content = json.loads(body)
 
-        return Index(
-            shards=tuple(Shard(*values) for values in content["shards"]),
-            shard_sources=tuple(content["shard_sources"]),
-            blocks=tuple(_parse_block(source, ranges) for source, ranges in content["blocks"]),
-            block_stats=tuple(
-                _parse_block_stats(content["measure"], values) for values in content["measures"]
-            ),
-            recipe=content["recipe"],
-        )
+        return _parse_index(json.loads(body))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{url}: the stored index is damaged ({error}). Remove the file to rebuild the index "
@@ -91,9 +88,30 @@ def load(store: Store, name: str) -> Index | None:
         ) from error
 
 
+def _parse_index(content: dict[str, Any]) -> Index:
+    """Return the index from the content of the file's body."""
+    # JSON has no tuples. An index is compared with what discovery finds, which consists of them.
+    shards = [Shard(*values) for values in content["shards"]]
+    shard_sources = tuple(content["shard_sources"])
+    blocks = [_parse_block(source, ranges) for source, ranges in content["blocks"]]
+
+    block_stats = []
+    for values in content["measures"]:
+        block_stats.append(_parse_block_stats(content["measure"], values))
+
+    return Index(
+        shards=tuple(shards),
+        shard_sources=shard_sources,
+        blocks=tuple(blocks),
+        block_stats=tuple(block_stats),
+        recipe=content["recipe"],
+    )
+
+
 def _block_values(block: Block) -> list[object]:
     """Return a block as [source, [[shard, start, stop, num_bytes, group] of each range]]."""
-    return [block.source, [list(asdict(shard_range).values()) for shard_range in block.ranges]]
+    ranges = [list(asdict(shard_range).values()) for shard_range in block.ranges]
+    return [block.source, ranges]
 
 
 def _parse_block(source: int, ranges: list[list[int]]) -> Block:
@@ -103,10 +121,12 @@ def _parse_block(source: int, ranges: list[list[int]]) -> Block:
 
 def _parse_block_stats(stored_names: list[str], values: list[object]) -> BlockStats:
     """Return the statistics of a block from its stored values, one for each stored name."""
+    # fields were renamed after 0.1.0, but runs of it are resumed with their stored index
     field_by_stored_name = {stored: field for field, stored in STORED_NAMES.items()}
-    by_name: dict[str, object] = {
-        field_by_stored_name.get(stored, stored): value
-        for stored, value in zip(stored_names, values, strict=True)
-    }
+
+    by_name: dict[str, object] = {}
+    for stored, value in zip(stored_names, values, strict=True):
+        by_name[field_by_stored_name.get(stored, stored)] = value
+
     by_name["rows_per_range"] = tuple(by_name["rows_per_range"])  # type: ignore[arg-type]
     return BlockStats(**by_name)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ Segments without a target token are left out. `data.overlong` decides what happe
 are longer than a sequence: truncate keeps the start, drop removes the sample, and split continues
 in further segments (each of which loses one target: nothing precedes its first token). Pure.
 
-P is the number of segments of a block.
+P is the number of segments of a block, n the number of its rows, L the sum of their tokens.
 """
 
 from __future__ import annotations
@@ -82,17 +82,22 @@ def split_into_segments(
         overlong: `data.overlong`.
         max_rows: only this number of first rows counts; None: all.
     """
-    row_lengths = np.diff(block.offsets)[:max_rows]
+    row_lengths = np.diff(block.offsets)[:max_rows]  # (n,)
     bounds = segment_bounds(row_lengths, sequence_length, overlong)
     row, first, size = bounds.T
     start = block.offsets[:-1][row] + first
     stop = start + size
 
-    # A next-token target cannot be a segment's first token, which nothing precedes.
-    first_target = start if block.is_labeled else np.minimum(start + 1, stop)
+    # A next-token target cannot be a segment's first token, which nothing precedes. A label belongs
+    # to its own token.
+    first_target = start
+    if not block.is_labeled:
+        first_target = np.minimum(start + 1, stop)
 
+    # prefix sums (L + 1,): one pass over the tokens, however many segments there are
     targets_before = np.concatenate([[0], np.cumsum(block.is_target, dtype=np.int64)])
     num_targets = targets_before[stop] - targets_before[first_target]
+    # a segment without a target adds nothing to the loss
     has_target = num_targets > 0
     return Segments(bounds[has_target], num_targets[has_target])
 
@@ -106,7 +111,9 @@ def segment_bounds(row_lengths: np.ndarray, sequence_length: int, overlong: str)
         overlong: `data.overlong`.
     """
     row_lengths = row_lengths.astype(np.int64)
-    segments_per_row = (row_lengths > 0).astype(np.int64)
+
+    # rows that were skipped as bad keep their place, without tokens
+    segments_per_row = (row_lengths > 0).astype(np.int64)  # (n,)
     if overlong == "drop":
         segments_per_row *= row_lengths <= sequence_length
     elif overlong == "split":
@@ -128,13 +135,24 @@ def measure_block(
     segments, targets = split_into_segments(block, sequence_length, data.overlong, max_rows)
     row_lengths = np.diff(block.offsets)[:max_rows]
 
+    # The same number as in any epoch: best-fit decreasing sees lengths only, not the order of the
+    # segments.
     if data.pack:
         sequence_numbers = pack_best_fit(segments[:, 2], sequence_length)
         num_sequences = int(sequence_numbers.max(initial=-1)) + 1
     else:
         num_sequences = len(segments)
 
-    longest_row = int(np.argmax(row_lengths)) if len(row_lengths) else 0
+    longest = 0
+    longest_row = 0
+    if len(row_lengths):
+        longest_row = int(np.argmax(row_lengths))
+        longest = int(row_lengths[longest_row])
+
+    first_bad = ""
+    if block.bad_rows:
+        first_bad = block.bad_rows[0]
+
     return BlockStats(
         num_rows=len(row_lengths),
         rows_per_range=block.rows_per_range,
@@ -142,12 +160,13 @@ def measure_block(
         num_sequences=num_sequences,
         num_tokens=int(segments[:, 2].sum()),
         num_targets=int(targets.sum()),
+        # rows, not segments: a row counts as left out only if it has no segment with a target
         num_left_out=len(row_lengths) - len(np.unique(segments[:, 0])),
         num_too_long=int((row_lengths > sequence_length).sum()),
-        longest=int(row_lengths[longest_row]) if len(row_lengths) else 0,
+        longest=longest,
         longest_row=longest_row,
         num_bad=len(block.bad_rows),
-        first_bad=block.bad_rows[0] if block.bad_rows else "",
+        first_bad=first_bad,
         format=block.format,
         checksum=block.checksum,
     )
@@ -155,6 +174,7 @@ def measure_block(
 
 def without_rows(stats: BlockStats) -> BlockStats:
     """Return the statistics of a block of which no row counts."""
+    # `rows_per_range`, format and checksum stay: they describe the block, not what counts of it.
     return replace(
         stats,
         num_rows=0,

@@ -78,7 +78,9 @@ class TokenizedBlock:
     @property
     def is_target(self) -> np.ndarray:
         """The positions with a target, bool (L,)."""
-        return self.targets != IGNORE_INDEX if self.is_labeled else self.targets.astype(bool)
+        if self.is_labeled:
+            return self.targets != IGNORE_INDEX
+        return self.targets.astype(bool)
 
 
 def compute_fingerprint(encoder: Encoder) -> str:
@@ -89,8 +91,9 @@ def compute_fingerprint(encoder: Encoder) -> str:
     """
     import xxhash
 
-    tokenizer, data = encoder.tokenizer, encoder.data
+    tokenizer = encoder.tokenizer
     require_fast(tokenizer)
+    # The whole backend and not the tokenizer's name: a folder may be overwritten in place.
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # these are left behind by calls and do not belong to the tokenizer
     backend.update(truncation=None, padding=None)
@@ -101,8 +104,10 @@ def compute_fingerprint(encoder: Encoder) -> str:
         backend,
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
-        data.model_dump(include=data_fields),
+        encoder.data.model_dump(include=data_fields),
     ]
+    # Components are added only where they matter: the fingerprints of other runs, which are stored
+    # in their indexes, must stay as they are.
     if "strftime_now" in str(tokenizer.chat_template):
         components.append(TEMPLATE_DATE.isoformat())
     if encoder.recipe:
@@ -116,6 +121,8 @@ def cache_key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -
     """Return the name of a block's cache file, without its suffix."""
     import xxhash
 
+    # URLs and not shard numbers: another run may list the same shard at another place and still use
+    # its cached blocks.
     ranges = []
     for shard_range in block.ranges:
         shard = shards[shard_range.shard]
@@ -141,6 +148,7 @@ def write_block(path: Path, encoded: EncodedRows, limit_bytes: float = float("in
         "part_rows": json.dumps(encoded.rows_per_range),
         "bad_rows": json.dumps(encoded.bad_rows),
     }
+
     checksum = compute_checksum(arrays, metadata)
     body = save(arrays, metadata={**metadata, "checksum": checksum})
 
@@ -155,6 +163,8 @@ def write_block(path: Path, encoded: EncodedRows, limit_bytes: float = float("in
 
 
 def _write_atomically(path: Path, body: bytes) -> None:
+    # In the same folder, as a rename is atomic only within one file system; with the process id, as
+    # two processes may write the same block if locks do not work.
     temporary = path.with_suffix(f"{TEMPORARY_SUFFIX}{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -182,13 +192,15 @@ def evict(folder: Path, limit_bytes: float) -> int:
         try:
             status = entry.stat()
         except FileNotFoundError:
-            continue
+            continue  # another process evicts at the same time
+
         is_stale = status.st_mtime < time.time() - STALE_S
         if entry.name.endswith(".safetensors"):
             blocks.append((status.st_mtime, status.st_size, entry.path))
         elif TEMPORARY_SUFFIX in entry.name and is_stale:
             Path(entry.path).unlink(missing_ok=True)
 
+    # `load_block` sets the time of a file that it opens, so the order is that of last use.
     total_bytes = sum(size for _, size, _ in blocks)
     num_removed = 0
     for _, size, path in sorted(blocks):
@@ -197,6 +209,7 @@ def evict(folder: Path, limit_bytes: float) -> int:
         Path(path).unlink(missing_ok=True)
         total_bytes -= size
         num_removed += 1
+
     return num_removed
 
 
@@ -207,14 +220,20 @@ def max_open_blocks(requested: int) -> int:
     costs a file descriptor. The soft limit is raised as far as the hard one allows, up to
     `MAX_OPEN_FILES`.
     """
-    soft, hard = (
-        MAX_OPEN_FILES if limit == resource.RLIM_INFINITY else limit
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
-    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard_as_set = hard
+
+    # RLIM_INFINITY is -1 on some systems, so it cannot be compared with other limits
+    if soft == resource.RLIM_INFINITY:
+        soft = MAX_OPEN_FILES
+    if hard == resource.RLIM_INFINITY:
+        hard = MAX_OPEN_FILES
+
     if soft < min(hard, MAX_OPEN_FILES):
         soft = min(hard, MAX_OPEN_FILES)
-        hard_as_set = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        # the hard limit stays as it was: once lowered, a process cannot raise it again
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard_as_set))
+
     return min(requested, max(1, soft // 4))
 
 
@@ -242,23 +261,29 @@ def read_block(path: Path, check: bool = True) -> TokenizedBlock:
         FileNotFoundError: the file does not exist.
         ValueError, KeyError, TypeError: it is damaged.
     """
+    # Mapped and parsed here, as safetensors' own reader copies each tensor into memory.
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    # the format: 8 bytes with the length of the header, the header as JSON, the tensors
     start = 8 + int.from_bytes(mapped[:8], "little")
     if start > len(mapped):
         raise ValueError("the header is cut off")
     header = json.loads(mapped[8:start])
 
-    target_dtype = "<i4" if header["targets"]["dtype"] == "I32" else "u1"
-    dtypes = {"offsets": "<i8", "tokens": "<i4", "targets": target_dtype}
-    arrays = {
-        name: _map_array(mapped, start, header[name], dtype) for name, dtype in dtypes.items()
-    }
+    dtypes = {"offsets": "<i8", "tokens": "<i4", "targets": "u1"}
+    if header["targets"]["dtype"] == "I32":
+        dtypes["targets"] = "<i4"
+
+    arrays = {}
+    for name, dtype in dtypes.items():
+        arrays[name] = _map_array(mapped, start, header[name], dtype)
 
     metadata = dict(header["__metadata__"])
     checksum = metadata.pop("checksum")
     if check and compute_checksum(arrays, metadata) != checksum:
         raise ValueError("the checksum differs")
+
     return TokenizedBlock(
         tokens=arrays["tokens"],
         targets=arrays["targets"],
@@ -283,6 +308,7 @@ def compute_checksum(arrays: dict[str, np.ndarray], metadata: dict[str, str]) ->
     """Return the checksum of a block's arrays and metadata."""
     import xxhash
 
+    # a fixed order of keys and arrays: indexes store this checksum for the whole run
     digest = xxhash.xxh3_128(json.dumps(metadata, sort_keys=True).encode())
     for name in ("offsets", "tokens", "targets"):
         digest.update(np.ascontiguousarray(arrays[name]).data)

@@ -5,6 +5,8 @@ Guarantees: the targets are the answers and the tokens that end them, nothing el
 comparing renderings of the conversation cut before and after each answer. A template that allows
 neither is refused, never guessed. Rows are tokenized in batched calls. Rows are not truncated or
 dropped here.
+
+n is the number of samples, `sum` the number of their tokens, T the number of tokens of one.
 """
 
 from __future__ import annotations
@@ -92,22 +94,24 @@ class Encoder:
         """
         if pretokenized.is_pretokenized(rows, self.data.format):
             return pretokenized.encode(rows, len(self.tokenizer), shard_url, first)
-        rows = rows if isinstance(rows, list) else rows.to_pylist()
+        if not isinstance(rows, list):
+            rows = rows.to_pylist()
         self._backend = self._backend or exact_backend(self.tokenizer)
 
-        # The first row decides the format of the shard's rows.
+        # The first row decides the format of the shard's rows: a row without its columns is then an
+        # error and not silently read as another format.
         first_decoded = next((row for row in rows if not isinstance(row, DataError)), None)
         format = ""
         if first_decoded is not None:
             format = row_formats.detect_format(first_decoded, self.data, shard_url)
 
+        # In chunks, as the encodings of a whole block would take many times its memory.
         bad_rows: list[str] = []
-        chunks = [
-            self._encode_chunk(
-                rows[start : start + CHUNK_ROWS], format, shard_url, start + first, bad_rows
-            )
-            for start in range(0, len(rows), CHUNK_ROWS)
-        ]
+        chunks = []
+        for start in range(0, len(rows), CHUNK_ROWS):
+            chunk = rows[start : start + CHUNK_ROWS]
+            chunks.append(self._encode_chunk(chunk, format, shard_url, start + first, bad_rows))
+
         if not chunks:
             chunks = [
                 TokenizedSamples(
@@ -147,9 +151,11 @@ class Encoder:
                 # an empty sample keeps the numbers of the later rows
                 samples.append(RenderedSample("", [(0, 0)]))
 
+        # a chat template writes its own special tokens
         has_template = self._template is not None
         if format == "chat" or (format == "instruction" and has_template):
             return tokenize_samples(self._backend, samples, [], [])
+
         frame = self._frame()
         return tokenize_samples(self._backend, samples, frame.before, frame.after)
 
@@ -327,10 +333,12 @@ def tokenize_samples(
     """
     texts = [sample.text for sample in samples]
     has_spans = any(sample.spans != [(0, len(sample.text))] for sample in samples)
-    # encode_batch_fast does not report the character ranges of tokens
-    encode = backend.encode_batch if has_spans else backend.encode_batch_fast
+    encode = backend.encode_batch_fast
+    if has_spans:
+        encode = backend.encode_batch  # only this one reports the character ranges of tokens
     encodings = encode(texts, add_special_tokens=False)
 
+    # filled from iterators: lists of all tokens as Python objects would be many times larger
     lengths = np.fromiter(map(len, encodings), np.int64, len(texts))
     total = int(lengths.sum())
     ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, total)
@@ -339,24 +347,28 @@ def tokenize_samples(
         numbers = chain.from_iterable(
             chain.from_iterable(encoding.offsets for encoding in encodings)
         )
-        ranges = np.fromiter(numbers, np.int64, 2 * total).reshape(-1, 2)
+        ranges = np.fromiter(numbers, np.int64, 2 * total).reshape(-1, 2)  # (sum, 2)
         is_target = mark_span_tokens(ranges, lengths, samples)
 
     # Position of every text token among the framed samples: (sum,)
-    framed_lengths = np.where(lengths > 0, lengths + len(before) + len(after), 0)
+    framed_lengths = np.where(lengths > 0, lengths + len(before) + len(after), 0)  # (n,)
     starts = np.cumsum(framed_lengths) - framed_lengths
     text_starts = np.cumsum(lengths) - lengths
     positions = np.repeat(starts + len(before) - text_starts, lengths) + np.arange(total)
 
     tokens = np.empty(int(framed_lengths.sum()), dtype=np.int32)
-    targets = np.full(len(tokens), 0 if has_spans else 1, dtype=np.uint8)
-    tokens[positions], targets[positions] = ids, is_target
+    targets = np.full(len(tokens), int(not has_spans), dtype=np.uint8)
+    tokens[positions] = ids
+    targets[positions] = is_target
+
     not_empty = lengths > 0
     for i, token in enumerate(before):
         tokens[starts[not_empty] + i] = token
     for i, token in enumerate(after):
         position = (starts + framed_lengths - len(after) + i)[not_empty]
-        tokens[position], targets[position] = token, 1
+        tokens[position] = token
+        targets[position] = 1
+
     return TokenizedSamples(tokens, targets, framed_lengths)
 
 

@@ -9,12 +9,12 @@ T is the number of tokens of a sample.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from dist_ft.config.schema import DataSection, RunConfig, TaskSection
+from dist_ft.config.schema import ColumnsSection, DataSection, RunConfig, TaskSection
 from dist_ft.config.task_facts import TaskFacts, task_class
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding import task_rows
@@ -90,6 +90,11 @@ class DataTask(TaskFacts, ABC):
         """The labels, in the order of the head's outputs."""
         return self.section.labels
 
+    @property
+    def columns(self) -> ColumnsSection:
+        """The names of the columns."""
+        return self.section.columns
+
     @abstractmethod
     def read(self, row: Row, location: RowLocation) -> Sample:
         """Return the texts and the label of a row.
@@ -98,13 +103,13 @@ class DataTask(TaskFacts, ABC):
             DataError: a column is missing or holds something else; `location.error` makes it.
         """
 
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Mapping[str, str | int]:
         """Return what else decides the tokens and labels of a row; stored with them."""
         return {"version": self.version} if self.version else {}
 
     def read_label_names(self, row: Row, location: RowLocation) -> list[str]:
         """Return the names of the labels in a row, for a task whose outputs are labels."""
-        column = self.section.columns.label
+        column = self.columns.label
         value = task_rows.get_value(row, column, "label", location)
         return [] if value is None else [str(value)]
 
@@ -114,7 +119,7 @@ class DataTask(TaskFacts, ABC):
 
     def text_columns(self) -> tuple[str, ...]:
         """Return the columns whose texts may get typos or other names."""
-        columns = self.section.columns
+        columns = self.columns
         return (columns.text,) if columns.pair is None else (columns.text, columns.pair)
 
     def set_truncation(self, backend: Any, encoder: RowEncoder) -> None:

@@ -1,4 +1,7 @@
-"""Encoded rows, one after the other: the result of every encoder."""
+"""Encoded rows, one after the other: the result of every encoder.
+
+n is the number of rows, `sum` the number of their tokens.
+"""
 
 from __future__ import annotations
 

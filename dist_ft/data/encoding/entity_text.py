@@ -38,6 +38,7 @@ def format_entities(words: Sequence[str], tags: Sequence[str], names: Mapping[st
         if tag.startswith("B-"):
             entities.append((tag[2:], [word]))
         elif tag.startswith("I-") and entities:
+            # an I- tag before any B- tag has nothing to continue
             entities[-1][1].append(word)
 
     if not entities:
@@ -55,15 +56,19 @@ def parse_entities(answer: str, words: Sequence[str], names: Mapping[str, str]) 
         words: the words of the text.
         names: entity type -> its name in the answer; case does not matter.
     """
+    # models often start with a blank line, or continue after the answer
     line = next((line.strip() for line in answer.splitlines() if line.strip()), "")
     type_by_name = {name.casefold(): entity_type for entity_type, name in names.items()}
     tags = ["O"] * len(words)
     is_readable = line.casefold().rstrip(".") == NO_ENTITIES
+
     for part in line.split(";"):
         name, colon, text = part.partition(":")
         entity_type = type_by_name.get(name.strip().casefold())
         if not colon or entity_type is None:
             continue
+
+        # a known type is readable, even if its words do not occur in the text
         is_readable = True
         entity = text.split()
         start = _find_untagged(entity, words, tags)
@@ -78,6 +83,8 @@ def _find_untagged(entity: Sequence[str], words: Sequence[str], tags: Sequence[s
     """Return the first position where `entity` occurs in `words` and no word is tagged yet."""
     if not entity:
         return None
+
+    # The same words may occur several times: each mention in the answer takes the next one.
     for start in range(len(words) - len(entity) + 1):
         stop = start + len(entity)
         if list(words[start:stop]) == list(entity) and set(tags[start:stop]) == {"O"}:

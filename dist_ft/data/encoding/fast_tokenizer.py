@@ -19,9 +19,13 @@ def exact_backend(tokenizer: Any) -> Any:
     from tokenizers import Tokenizer
 
     require_fast(tokenizer)
-    backend = Tokenizer.from_str(
-        tokenizer.backend_tokenizer.to_str().replace('"trim_offsets":true', '"trim_offsets":false')
-    )
+
+    # Edited as JSON, because the setting may be in the pre-tokenizer, the post-processor, or one
+    # within a sequence of either. A copy: the tokenizer itself keeps its settings.
+    settings = tokenizer.backend_tokenizer.to_str()
+    settings = settings.replace('"trim_offsets":true', '"trim_offsets":false')
+    backend = Tokenizer.from_str(settings)
+
     backend.no_truncation()
     backend.no_padding()
     return backend

@@ -21,8 +21,10 @@ def make_encoder(
     prompting: PromptingSection = NO_PROMPT,
 ) -> Encoder:
     """Return the encoder of the rows of `data` for `task`, whose labels must be known."""
+    # tasks that continue text read the formats of rows themselves, whatever the prompting method
     if task_class(task.name).reads_formats:
         return Encoder(tokenizer, data)
+
     if prompting.method == "likelihood":
         return PromptEncoder(tokenizer, data, task, prompting, sequence_length)
     return TaskEncoder(tokenizer, data, task, sequence_length)

@@ -5,6 +5,8 @@ They are Arrow tables with `input_ids`, and optionally `targets` (1 for a target
 writer chooses the tokenizer; the only check is that every id is in the model's vocabulary. Shards
 of tokens are used whole or not at all, whatever data.bad_rows says: a bad row here is a bug of the
 program that wrote the shard.
+
+n is the number of rows, `sum` the number of their tokens.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def is_pretokenized(rows: Any, format: str) -> bool:
     if format != "auto":
         return format == "tokens"
     if isinstance(rows, list):
+        # any row, not the first: a row that could not be decoded is a DataError
         return any(isinstance(row, dict) and "input_ids" in row for row in rows)
     return "input_ids" in rows.column_names
 
@@ -74,8 +77,11 @@ def encode(table: Any, vocabulary_size: int, url: str, first_row: int) -> Encode
     marks = _ListColumn(np.ones(len(ids.values), dtype=np.uint8), ids.offsets)
     if "targets" in table.column_names:
         marks = _read_list_column(table, "targets", url, first_row)
+
+        # equal offsets mean equal lengths, as both start at 0
         if not np.array_equal(ids.offsets, marks.offsets):
-            row = int(np.flatnonzero(np.diff(ids.offsets) != np.diff(marks.offsets))[0])
+            differs = np.diff(ids.offsets) != np.diff(marks.offsets)  # (n,)
+            row = int(np.flatnonzero(differs)[0])
             raise RowLocation(url, first_row + row).error(
                 "input_ids and targets differ in length. Each token needs one target. "
                 f"{_REWRITE_HINT}"
@@ -118,6 +124,8 @@ def _to_table(rows: list[Any], url: str) -> Any:
     for row in rows:
         if isinstance(row, DataError):
             raise DataError(f"{row} {_REWRITE_HINT}") from row
+
+    # a row without a column that others have becomes a null, which is refused with its number
     names = [name for name in ("input_ids", "targets") if any(name in row for row in rows)]
     try:
         return pa.table({name: [row.get(name) for row in rows] for name in names})
@@ -138,9 +146,12 @@ def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListC
     column = table.column(name).combine_chunks()
     kind = column.type
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not is_list or not (
+
+    # booleans, because `targets` may be such
+    is_allowed = is_list and (
         pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)
-    ):
+    )
+    if not is_allowed:
         raise DataError(
             redact(
                 f"{url}: the column {name} is {kind}. It must be lists of integers. {_REWRITE_HINT}"
@@ -148,7 +159,9 @@ def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListC
         )
 
     if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], kind)
+        chunks = column.chunks or [pa.array([], kind)]  # concat_arrays needs at least one
+        column = pa.concat_arrays(chunks)
+
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise RowLocation(url, first_row + row).error(
@@ -158,6 +171,8 @@ def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListC
     # dlpack, because pyarrow's own conversion to numpy imports pandas
     offsets = np.from_dlpack(column.offsets).astype(np.int64)
     values = column.values
+
+    # A sliced table shares the values of the whole table: take only those of its own rows.
     if len(offsets):
         values = values.slice(offsets[0], offsets[-1] - offsets[0])
     offsets = offsets - offsets[0]
@@ -168,6 +183,7 @@ def _read_list_column(table: Any, name: str, url: str, first_row: int) -> _ListC
             f"{name} has a null. Each token needs a number. {_REWRITE_HINT}"
         )
 
+    # Arrow stores booleans as bits, which dlpack cannot pass on
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.uint8())
     return _ListColumn(np.from_dlpack(values), offsets)

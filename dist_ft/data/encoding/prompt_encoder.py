@@ -2,7 +2,7 @@
 
 Guarantees: a text that is too long loses its end (data.overlong=truncate), never the prompt around
 it; there is always room for the words of every label. The label words themselves are added by the
-model (`model.label_prompting`).
+model (`model.label_prompting`). Arrays here have one dimension: the tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class PromptEncoder(TaskEncoder):
             label_ids = tokenize_label(backend, self._template_text, words)
             ids.append(label_ids)
 
+        # The model scores labels by their tokens, so it could not tell these two apart.
         for number, label_ids in enumerate(ids):
             if label_ids in ids[:number]:
                 raise ConfigError(
@@ -90,8 +91,11 @@ class PromptEncoder(TaskEncoder):
         content_free = []
         if self._prompting.calibrate:
             for text in CONTENT_FREE_TEXTS:
+                # the text also stands for the pair, which a template without {pair} ignores
                 content_free.append(tuple(self._encode_prompt(Sample(text, text))))
-        return LabelWords(tuple(ids), tuple(content_free), self._prompting.normalize == "mean")
+
+        use_mean = self._prompting.normalize == "mean"
+        return LabelWords(tuple(ids), tuple(content_free), use_mean)
 
     @property
     def _max_prompt_tokens(self) -> int:
@@ -102,27 +106,32 @@ class PromptEncoder(TaskEncoder):
     def _tokenize(self, samples: Sequence[Sample]) -> list[Any]:
         """Return the ids of each prompt; None where the prompt leaves no room for its text."""
         self._backend = self._backend or exact_backend(self.tokenizer)
+
+        # No special tokens at the end: the words of a label continue the prompt.
         before = self._frame().before
         texts = [
             fill_template(self._template_text, sample.first, sample.second) for sample in samples
         ]
         encodings = self._backend.encode_batch(texts, add_special_tokens=False)
-        prompts = [[*before, *encoding.ids] for encoding in encodings]
+        prompts: list[list[int] | None] = [[*before, *encoding.ids] for encoding in encodings]
+
         max_tokens = self._max_prompt_tokens
         if self.data.overlong != "truncate":
             return prompts
-        return [
-            ids if len(ids) <= max_tokens else self._truncate_texts(sample, max_tokens)
-            for ids, sample in zip(prompts, samples, strict=True)
-        ]
+
+        # Few prompts are too long: these alone are encoded again, one by one.
+        for number, sample in enumerate(samples):
+            ids = prompts[number]
+            if ids is not None and len(ids) > max_tokens:
+                prompts[number] = self._truncate_texts(sample, max_tokens)
+        return prompts
 
     @override
     def _label(self, encoding: Any, sample: Sample, location: RowLocation) -> LabeledTokens:
         max_tokens = self._max_prompt_tokens
         if encoding is None or (self.data.overlong == "error" and len(encoding) > max_tokens):
-            if encoding is None:
-                problem = "its prompt is too long even without any text of the row"
-            else:
+            problem = "its prompt is too long even without any text of the row"
+            if encoding is not None:
                 problem = f"its prompt has {len(encoding)} tokens"
 
             raise location.error(
@@ -134,38 +143,51 @@ class PromptEncoder(TaskEncoder):
         if not encoding:
             raise location.error("gives no token. Text is needed. Remove the row.")
 
-        labels = np.full(len(encoding), IGNORE_INDEX, np.int32)
+        labels = np.full(len(encoding), IGNORE_INDEX, np.int32)  # (T,)
         labels[:1] = sample.label
         if len(encoding) <= max_tokens:
             return LabeledTokens(encoding, labels)
 
-        # overlong=drop: lengthen it beyond the sequence length: the index drops and counts it
+        # overlong=drop: the index drops rows longer than a sequence and counts them. This prompt
+        # may fit into one and only lack room for the label words, so it is lengthened.
         missing = self.sequence_length + 1 - len(encoding)
+        ids = encoding + encoding[-1:] * missing
         padding = np.full(max(0, missing), IGNORE_INDEX, np.int32)
-        return LabeledTokens(encoding + encoding[-1:] * missing, np.concatenate([labels, padding]))
+        return LabeledTokens(ids, np.concatenate([labels, padding]))
 
     def _encode_prompt(self, sample: Sample) -> list[int]:
         """Return the tokens of one prompt."""
-        backend, before = exact_backend(self.tokenizer), self._frame().before
+        backend = exact_backend(self.tokenizer)
+        before = self._frame().before
         text = fill_template(self._template_text, sample.first, sample.second)
         return [*before, *backend.encode(text, add_special_tokens=False).ids]
 
     def _truncate_texts(self, sample: Sample, max_tokens: int) -> list[int] | None:
         """Return the tokens of a prompt whose texts are truncated, the longer first, to fit."""
         texts = [sample.first, sample.second or ""]
+
+        # Repeated, as the tokens of a shorter text may merge with the template in another way: the
+        # excess is known only after encoding the whole prompt again.
         while True:
             ids = self._encode_prompt(Sample(*texts))
             excess = len(ids) - max_tokens
             if excess <= 0:
                 return ids
+
             encodings = [self._backend.encode(text, add_special_tokens=False) for text in texts]
-            longer = 1 if len(encodings[1].ids) > len(encodings[0].ids) else 0
+            longer = 0
+            if len(encodings[1].ids) > len(encodings[0].ids):
+                longer = 1
+
             offsets = encodings[longer].offsets
             if not offsets:
                 return None
 
             # Cut after the last token that stays; at least one character is cut, to make progress.
             num_kept = max(0, len(offsets) - excess)
-            end = offsets[num_kept - 1][1] if num_kept else 0
+            end = 0
+            if num_kept:
+                end = offsets[num_kept - 1][1]
+
             text = texts[longer]
             texts[longer] = text[: min(end, len(text) - 1)]

@@ -60,6 +60,7 @@ class _Drawn(NamedTuple):
 
 def fill_template(template: str, text: str, pair: str | None = None) -> str:
     """Return a template filled with a row's texts, which may hold braces."""
+    # only the template's own braces are fields: `format` does not look into what it inserts
     return template.format(text=text, pair=pair or "")
 
 
@@ -79,6 +80,7 @@ def format_example(
 def prepend_examples(template: str, examples: Sequence[str], separator: str) -> str:
     """Return the template with examples before it; braces in the examples are escaped."""
     before = "".join(example + separator for example in examples)
+    # the result is a template again, which `fill_template` fills
     return before.replace("{", "{{").replace("}", "}}") + template
 
 
@@ -96,14 +98,19 @@ def draw_per_class(samples: Iterable[tuple[Hashable, Any]], count: int, seed: in
     drawn: dict[Hashable, list[_Drawn]] = {}
     for position, (group, sample) in enumerate(samples):
         heap = drawn.setdefault(group, [])
-        # The smallest hashes stay: a heap of their negatives drops the largest hash.
+        # The smallest hashes stay: a heap of their negatives drops the largest hash. Positions
+        # differ, so two entries never compare their samples.
         entry = _Drawn(-derive_seed(seed, position), position, sample)
         if len(heap) < count:
             heapq.heappush(heap, entry)
         else:
             heapq.heappushpop(heap, entry)
 
-    entries = [entry for heap in drawn.values() for entry in heap]
+    entries: list[_Drawn] = []
+    for heap in drawn.values():
+        entries += heap
+
+    # by hash over all classes, so that the examples of a class do not follow one another
     entries.sort(key=lambda entry: (-entry.negative_hash, entry.position))
     return [entry.sample for entry in entries]
 
@@ -119,7 +126,12 @@ def tokenize_label(backend: Any, template: str, words: str) -> tuple[int, ...]:
     Raises:
         ConfigError: the words share a token with the end of the prompt, or have no token.
     """
-    end = template.format(text="\0", pair="\0").rpartition("\0")[2] or "a"
+    # What follows the last text of the row. A template that ends with the row's text has no fixed
+    # end: a letter stands for it.
+    filled = template.format(text="\0", pair="\0")
+    end = filled.rpartition("\0")[2] or "a"
+
+    # Words alone would be tokenized as at the start of a text, with other tokens.
     end_ids = backend.encode(end, add_special_tokens=False).ids
     all_ids = backend.encode(end + words, add_special_tokens=False).ids
     if all_ids[: len(end_ids)] != end_ids or len(all_ids) == len(end_ids):

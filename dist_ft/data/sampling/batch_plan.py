@@ -11,6 +11,9 @@ similar lengths, and whole micro-batches of them are shuffled.
 
 Guarantees: each position occurs once in an epoch of its source; nothing depends on the number of
 workers. Knows no tokens and no lengths.
+
+N is the number of blocks of all sources, or of one source in `_BlockOrder`; W the number of windows
+of a source.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from dist_ft.data.sampling.mixture import ENDLESS, Mixture, is_weighted
 from dist_ft.data.sampling.shuffle import epoch_order
 
 _CACHED_EPOCHS = 8
+"""Cached block orders for each source."""
 _CACHED_WINDOWS = 64
 
 
@@ -101,7 +105,11 @@ class BatchPlan:
         self.batch = batch
         self.seed = seed
         self.num_lanes = batch.global_batch // batch.micro_batch
-        self._shuffle_unit = batch.micro_batch if data.bucket and not data.pack else 1
+        self._shuffle_unit = 1
+        if data.bucket and not data.pack:
+            # Sequences of similar length lie next to each other. Moving them one by one would mix
+            # the lengths of a micro-batch again.
+            self._shuffle_unit = batch.micro_batch
 
         edges = np.searchsorted(sources, np.arange(len(data.train) + 1))
         self._first_block = edges[:-1].tolist()  # of each source
@@ -117,6 +125,8 @@ class BatchPlan:
         self._epoch_starts = [0]
         self._lock = Lock()
 
+        # Each lane reads from a window of its own: with fewer cached windows than lanes, every
+        # lookup would shuffle a window anew.
         self._order = lru_cache(_CACHED_EPOCHS * len(self._sizes))(self._compute_order)
         num_windows = max(_CACHED_WINDOWS, 2 * self.num_lanes)
         self._window = lru_cache(num_windows)(self._compute_window)
@@ -153,8 +163,11 @@ class BatchPlan:
         if self._endless:
             return EpochStep(ENDLESS, step)
 
+        # Read without the lock: the list only grows and its values never change.
         while self._epoch_starts[-1] <= step:
             self.num_steps_in_epochs(len(self._epoch_starts))
+
+        # the last epoch that starts here: one without a step (a small `repeat`) is skipped
         epoch = bisect_right(self._epoch_starts, step) - 1
         return EpochStep(epoch, step - self._epoch_starts[epoch])
 
@@ -165,13 +178,16 @@ class BatchPlan:
         """
         epoch, within = self.epoch_and_step(step)
         first = within * self.batch.global_batch
-        draws = range(first + lane, first + self.batch.global_batch, self.num_lanes)
-        stop = None if self._endless else self.mixture.num_draws(epoch)
-        return [
-            self._sequence_ref(*self.mixture.draw(epoch, number))
-            for number in draws
-            if stop is None or number < stop
-        ]
+        stop = first + self.batch.global_batch
+        if not self._endless:
+            # the last step of an epoch may be partial: steps do not span epochs
+            stop = min(stop, self.mixture.num_draws(epoch))
+
+        refs = []
+        for number in range(first + lane, stop, self.num_lanes):
+            source, turn = self.mixture.draw(epoch, number)
+            refs.append(self._sequence_ref(source, turn))
+        return refs
 
     def epochs_done(self, step: int) -> list[float]:
         """Return about how many of its epochs each source has completed before a step."""
@@ -195,6 +211,7 @@ class BatchPlan:
         order = self._order(ref.source, ref.epoch)
         first_block = self._first_block[ref.source]
 
+        # All blocks of a window are needed from its first step on, as its sequences are shuffled.
         place = int(np.flatnonzero(order.blocks == ref.block - first_block)[0])
         window = int(np.searchsorted(order.window_ends, order.ends[place], side="left"))
         last = int(np.searchsorted(order.ends, order.window_ends[window], side="left"))
@@ -207,16 +224,17 @@ class BatchPlan:
         if self.data.shuffle:
             position = self._stretch_position(number, self._sizes[source])
 
-        # shuffle within the window
+        # Shuffle within the window. An end is the first position of what follows, hence "right".
         order = self._order(source, epoch)
         window = int(np.searchsorted(order.window_ends, position, side="right"))
-        window_start = int(order.window_ends[window - 1]) if window else 0
+        window_start = _start_of(order.window_ends, window)
         permutation = self._window(source, epoch, window)
         position = int(permutation[position - window_start]) + window_start
 
-        # find the block that holds the position
+        # find the block that holds the position; blocks without sequences are stepped over
         place = int(np.searchsorted(order.ends, position, side="right"))
-        block_start = int(order.ends[place - 1]) if place else 0
+        block_start = _start_of(order.ends, place)
+
         return SequenceRef(
             source=source,
             epoch=epoch,
@@ -234,8 +252,11 @@ class BatchPlan:
             # stretches of whole micro-batches; all lanes walk through the rest
             unit = self._shuffle_unit
             stretch = size // (self.num_lanes * unit) * unit
-            return lane * stretch + row if number < stretch * self.num_lanes else number
+            if number >= stretch * self.num_lanes:
+                return number
+            return lane * stretch + row
 
+        # the first `num_longer` lanes have one position more
         stretch, num_longer = divmod(size, self.num_lanes)
         return lane * stretch + min(lane, num_longer) + row
 
@@ -246,21 +267,26 @@ class BatchPlan:
         blocks = epoch_order(len(counts), seed, epoch, self.data.shuffle)
         ends = np.cumsum(counts[blocks])
 
+        # Every lane is in a window of its own, so the lanes together shuffle over about
+        # `shuffle_blocks` blocks and a worker need not hold that many for each lane.
         blocks_per_window = 1
         if self.data.shuffle:
             blocks_per_window = max(1, self.data.shuffle_blocks // self.num_lanes)
+
+        # the last window may have fewer blocks
         window_ends = np.append(ends[blocks_per_window - 1 : -1 : blocks_per_window], ends[-1])
         return _BlockOrder(blocks, ends, window_ends)
 
     def _compute_window(self, source: int, epoch: int, window: int) -> np.ndarray:
         """Return the order of the n sequences of a window: a permutation of range(n)."""
         window_ends = self._order(source, epoch).window_ends
-        start = int(window_ends[window - 1]) if window else 0
+        start = _start_of(window_ends, window)
         count = int(window_ends[window] - start)
         if not self.data.shuffle:
             return np.arange(count)
 
-        seed, unit = derive_seed(self.seed, source, epoch, window), self._shuffle_unit
+        seed = derive_seed(self.seed, source, epoch, window)
+        unit = self._shuffle_unit
         if unit == 1:
             return np.argsort(random_uint64(seed, count), kind="stable")
 
@@ -269,6 +295,15 @@ class BatchPlan:
         first = min(-start % unit, count)
         num_units = (count - first) // unit
         order = np.argsort(random_uint64(seed, num_units), kind="stable")
-        shuffled = (first + order[:, None] * unit + np.arange(unit)).reshape(-1)
+
+        unit_starts = first + order[:, None] * unit  # (num_units, 1)
+        shuffled = (unit_starts + np.arange(unit)).reshape(-1)
         rest = np.arange(first + num_units * unit, count)
         return np.concatenate([np.arange(first), shuffled, rest])
+
+
+def _start_of(ends: np.ndarray, number: int) -> int:
+    """Return where part `number` starts: at the end of the one before it."""
+    if number == 0:
+        return 0
+    return int(ends[number - 1])

@@ -52,6 +52,7 @@ def initial_shares(data: DataSection, sizes: Sequence[int]) -> np.ndarray:
     """
     counts = np.array(sizes, dtype=np.float64)
 
+    # a temperature above 1 draws small sources more often than their size
     if data.temperature is not None:
         weights = counts ** (1 / data.temperature)
     elif any(source.weight is not None for source in data.train):
@@ -71,11 +72,11 @@ def source_repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
     shares = [source.share or 0.0 for source in data.train]
 
     # sequences of the sources without a share; these make up 1 - sum(shares) of the epoch
-    num_unshared = sum(
-        repeat * size
-        for repeat, size, share in zip(repeats, sizes, shares, strict=True)
-        if not share
-    )
+    num_unshared: float = 0
+    for repeat, size, share in zip(repeats, sizes, shares, strict=True):
+        if not share:
+            num_unshared += repeat * size
+
     for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         if share and size:
             repeats[number] = share / (1 - sum(shares)) * num_unshared / size
@@ -88,8 +89,10 @@ def is_weighted(data: DataSection) -> bool:
 
     Draws are then endless.
     """
+    # One source has nothing to mix: its epochs stay finite whatever weight it has.
     if len(data.train) == 1:
         return False
+
     has_weights = any(source.weight is not None for source in data.train)
     return data.temperature is not None or bool(data.mixing) or has_weights
 
@@ -114,7 +117,9 @@ class Mixture:
         self._num_lanes = num_lanes
         self._micro_batch = micro_batch
         self._seed = seed
+
         if is_weighted(data):
+            # Endless draws have no epochs to repeat a source in: repeats only enter the shares.
             self._repeats = [1.0] * len(self._sizes)
         else:
             self._repeats = source_repeats(data, self._sizes)
@@ -124,6 +129,8 @@ class Mixture:
         self._due_before_round = [np.zeros(len(sizes))]
         self._lock = Lock()
 
+        # Caches of this instance: a decorator on the methods would share one cache over all
+        # mixtures of the process and keep each of them alive.
         self._due = lru_cache(256)(self._compute_due)
         self._turns = lru_cache(1024)(self._compute_turns)
         self._tail = lru_cache(2)(self._compute_tail)
@@ -133,6 +140,8 @@ class Mixture:
 
         That is size × repeat × epoch, rounded down.
         """
+        # Rounding the total down, not each epoch: a repeat of 0.5 of 3 sequences gives 1 and 2
+        # draws in turn, and exactly 3 over two epochs.
         return [
             int(epoch * repeat * size)
             for repeat, size in zip(self._repeats, self._sizes, strict=True)
@@ -150,10 +159,14 @@ class Mixture:
 
         Lanes differ, so later draws of the source may be among the first `num_draws` as well.
         """
-        by_lane = [
-            self._lane_draws_by_source(lane, -(-(num_draws - lane) // self._num_lanes))
-            for lane in range(self._num_lanes)
-        ]
+        by_lane = []
+        for lane in range(self._num_lanes):
+            # draws d < num_draws with d % num_lanes == lane
+            num_rows = -(-(num_draws - lane) // self._num_lanes)
+            by_lane.append(self._lane_draws_by_source(lane, num_rows))
+
+        # Lane l takes the turns l, l + num_lanes, ... of a source. The slowest lane limits how many
+        # turns are drawn without a gap.
         return [int(turns) * self._num_lanes for turns in np.min(by_lane, axis=0)]
 
     def approx_draws_by_source(self, num_draws: int) -> list[int]:
@@ -166,18 +179,20 @@ class Mixture:
 
     def draw(self, epoch: int, number: int) -> Draw:
         """Return draw `number` of an epoch of the run (or of `ENDLESS`)."""
+        row, lane = divmod(number, self._num_lanes)
         if epoch == ENDLESS:
-            return self._lane_draw(ENDLESS, *divmod(number, self._num_lanes))
+            return self._lane_draw(ENDLESS, row, lane)
 
         before = self.draws_before_epoch(epoch)
         if len(before) == 1:
             return Draw(0, before[0] + number)
 
-        row, lane = divmod(number, self._num_lanes)
         num_rows_in_rounds = self._due(epoch, self._num_rounds(epoch)).sum()
         if row < num_rows_in_rounds:
             source, turn = self._lane_draw(epoch, row, lane)
         else:
+            # What is left of an epoch cannot be the same for all lanes, so the tail is one list
+            # that they take in turn.
             tail_row = row - int(num_rows_in_rounds)
             source, turn = self._tail(epoch)[tail_row * self._num_lanes + lane].tolist()
 
@@ -189,10 +204,15 @@ class Mixture:
         if not self._data.mixing:
             return start
 
-        steps = [0, *(phase.until_step for phase in self._data.mixing)]
-        by_phase = [np.array(p.weights) / sum(p.weights) for p in self._data.mixing]
-        shares = np.array([start, *by_phase])  # (phases + 1, S)
-        return np.array([np.interp(step, steps, shares[:, i]) for i in range(shares.shape[1])])
+        steps = [0]
+        shares = [start]
+        for phase in self._data.mixing:
+            steps.append(phase.until_step)
+            shares.append(np.array(phase.weights) / sum(phase.weights))
+
+        # linear between phases; after the last, its shares stay
+        by_source = np.array(shares).T  # (S, phases + 1)
+        return np.array([np.interp(step, steps, own_shares) for own_shares in by_source])
 
     def _num_rounds(self, epoch: int) -> int:
         """Return the number of whole rounds of an epoch."""
@@ -204,15 +224,21 @@ class Mixture:
         Counted from the start of the epoch of the run, or of all endless draws.
         """
         if epoch != ENDLESS:
-            before, after = self.draws_before_epoch(epoch), self.draws_before_epoch(epoch + 1)
+            before = self.draws_before_epoch(epoch)
+            after = self.draws_before_epoch(epoch + 1)
             sizes = np.subtract(after, before).astype(np.int64)
+
+            # integers: an epoch must hold each sequence exactly once, whatever its length
             return sizes * (round_number * ROUND) // max(1, int(sizes.sum()))
 
         with self._lock:
             while len(self._due_before_round) <= round_number:
+                # Shares change linearly, so those in the middle of a round are its average.
                 middle_step = (len(self._due_before_round) - 0.5) * ROUND / self._micro_batch
                 due_in_round = self.shares_at(middle_step) * ROUND
                 self._due_before_round.append(self._due_before_round[-1] + due_in_round)
+
+        # A sum of floats may lie just below the integer that it stands for.
         return np.floor(self._due_before_round[round_number] + 1e-6).astype(np.int64)
 
     def _find_round(self, epoch: int, row: int) -> int:
@@ -229,6 +255,8 @@ class Mixture:
         sources = self._turns(epoch, round_number, lane)
         within = row - int(due.sum())
 
+        # The lane's k-th draw of a source is turn k * num_lanes + lane: lanes walk through a source
+        # side by side, and each reads few blocks at a time.
         source = int(sources[within])
         own_turn = due[source] + np.count_nonzero(sources[:within] == source)
         return Draw(source, int(own_turn) * self._num_lanes + lane)
@@ -248,11 +276,13 @@ class Mixture:
 
     def _compute_tail(self, epoch: int) -> np.ndarray:
         """Return the draws after the whole rounds of an epoch, int64 (n, 2) [source, turn]."""
-        in_rounds = self._due(epoch, self._num_rounds(epoch)) * self._num_lanes
-        before, after = self.draws_before_epoch(epoch), self.draws_before_epoch(epoch + 1)
+        in_rounds = self._due(epoch, self._num_rounds(epoch)) * self._num_lanes  # (S,)
+        before = self.draws_before_epoch(epoch)
+        after = self.draws_before_epoch(epoch + 1)
         num_left = np.subtract(after, before) - in_rounds
 
         draws = spread_evenly(num_left, derive_seed(self._seed, epoch + 1))
+        # turns of the tail follow those of the rounds
         draws[:, 1] += in_rounds[draws[:, 0]]
         return draws
 
@@ -267,7 +297,7 @@ def spread_evenly(counts: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         int64 (sum, 2) [source, turn], where turn counts the source's draws from 0.
     """
-    source = np.repeat(np.arange(len(counts)), counts)
+    source = np.repeat(np.arange(len(counts)), counts)  # (sum,)
     first_of_source = np.cumsum(counts) - counts
     turn = np.arange(len(source)) - np.repeat(first_of_source, counts)
 

@@ -45,12 +45,17 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
         raise ValueError(f"lengths must lie in 1..{capacity}, not {lengths.min()}..{lengths.max()}")
 
     open_by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
-    free_spaces = 0
+    free_spaces = 0  # bit f is set if a sequence with f free tokens is open
     num_sequences = 0
+
+    # int64, because negating an unsigned length would wrap around; stable, so that the result does
+    # not depend on the sorting algorithm of a numpy version.
     longest_first = np.argsort(-lengths.astype(np.int64), kind="stable")
     sequence_numbers = []
 
     for length in lengths[longest_first].tolist():
+        # Python's integers have any number of bits: a shift and a mask find the best fit without a
+        # search over all open sequences.
         fitting = free_spaces >> length
         if fitting:
             lowest_bit = (fitting & -fitting).bit_length() - 1
@@ -64,6 +69,7 @@ def pack_best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
             num_sequences += 1
             left = capacity - length
 
+        # a full sequence is never looked up again
         if left:
             if not open_by_free[left]:
                 free_spaces |= 1 << left
@@ -97,22 +103,28 @@ def group_into_sequences(
 
     if not packed or not count:
         if sort_pool:
-            pool_number = np.arange(count) // sort_pool
+            # Pools are cut from the shuffled order, so each epoch sorts other neighbors together.
+            pool_number = np.arange(count) // sort_pool  # (P,)
             order = order[np.lexsort((lengths[order], pool_number))]
         return SequenceMembers(order, np.arange(count + 1))
 
-    assigned = pack_best_fit(lengths[order], capacity)
+    assigned = pack_best_fit(lengths[order], capacity)  # (P,)
     if seed is None:
+        # Best fit opens sequences from the longest segment down. Without shuffling, an epoch must
+        # follow the order of the data instead.
         assigned = _number_by_first_member(assigned)
 
+    # the stable sort keeps the members of a sequence in the order of `order`
     members = order[np.argsort(assigned, kind="stable")]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(assigned))])
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(assigned))])  # (G + 1,)
     return SequenceMembers(members, offsets)
 
 
 def _number_by_first_member(assigned: np.ndarray) -> np.ndarray:
     """Renumber sequences (P,) in the order of their first segments."""
-    first_member = np.unique(assigned, return_index=True)[1]
+    first_member = np.unique(assigned, return_index=True)[1]  # (G,)
+
+    # the inverse of the permutation that sorts sequences by their first member
     new_number = np.empty(len(first_member), dtype=np.int64)
     new_number[np.argsort(first_member, kind="stable")] = np.arange(len(first_member))
     return new_number[assigned]

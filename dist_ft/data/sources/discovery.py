@@ -97,6 +97,8 @@ def discover_shards(
     shards_of_sources: list[tuple[Shard, ...]] = []
     for source in sources:
         field_value = f"{field}={redact(source.path)}"
+
+        # `redact` changes nothing but credentials. URLs are stored in the index of the run.
         if redact(source.path) != source.path:
             raise DataError(
                 f"{field_value}: holds a credential. Credentials are not allowed in a config. Set "
@@ -110,6 +112,7 @@ def discover_shards(
 
         shards_of_sources.append(shards)
 
+    # over all sources: globs of two of them may overlap
     _refuse_duplicates([shard for shards in shards_of_sources for shard in shards], field)
     return tuple(shards_of_sources)
 
@@ -120,7 +123,8 @@ def is_hub_name(path: str) -> bool:
     Such a name is `name` or `org/name`. It has no suffix of a shard, and there is no local folder
     of this name.
     """
-    top_folder = path.split("/", 1)[0] if "/" in path else path
+    # `data/mine` with a misspelled file name is meant as a path, as the folder `data` exists
+    top_folder = path.split("/", 1)[0]
     return (
         bool(_HUB_NAME.fullmatch(path))
         and not os.path.exists(top_folder)
@@ -134,14 +138,16 @@ def require_unchanged(shard: Shard) -> None:
     Raises:
         DataError: names the shard and says which of the two happened.
     """
+    # read from the library's local Arrow files, which nothing changes
     if shard.kind == "hub":
         return
+
     try:
         current = filesystem.stat(shard.url)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise vanished_error(shard) from error
-        raise
+        raise  # storage that does not answer says nothing about the shard
 
     if current != {"size": shard.size, "version": shard.version}:
         raise DataError(
@@ -189,6 +195,7 @@ def _hub_shards(source: Source, field_value: str) -> tuple[Shard, ...]:
 
 def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
     """Return the shards of a file, glob or folder; other files of a folder are ignored."""
+    # names that start so are of metadata: _SUCCESS, _complete, .part files
     listing = filesystem.glob(path)
     urls = [url for url in listing if not posixpath.basename(url).startswith((".", "_"))]
     if not urls:
@@ -197,6 +204,8 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
             f"{_ALLOWED_SUFFIXES} shards, or the name of a Hugging Face dataset. Check the path."
         )
 
+    # A folder may hold a README next to its shards. A glob names each file, so that an unknown one
+    # is a mistake.
     unknown = [url for url in urls if _kind_by_suffix(url) is None]
     is_glob = any(char in path for char in "*?[")
     is_folder = _kind_by_suffix(path) is None and not is_glob

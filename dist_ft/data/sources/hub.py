@@ -49,6 +49,7 @@ def list_row_ranges(path: str, subset: str | None, split: str, field_value: str)
     ranges = []
     for start in range(0, len(rows), ROWS_PER_SHARD):
         stop = min(start + ROWS_PER_SHARD, len(rows))
+        # zero-padded, so that URLs sort in the order of the rows
         query = urlencode(
             {"subset": subset or "", "split": split, "start": f"{start:09d}", "stop": f"{stop:09d}"}
         )
@@ -60,8 +61,10 @@ def list_row_ranges(path: str, subset: str | None, split: str, field_value: str)
 def read_rows(url: str) -> list[dict[str, Any]]:
     """Return the rows of a range, in order."""
     address = urlsplit(url)
+    # blank values are kept: a dataset without subsets has subset=""
     query = dict(parse_qsl(address.query, keep_blank_values=True))
     name = address.netloc + address.path
+
     dataset = _load_or_raise(name, query["subset"] or None, query["split"], url)
     selected = range(int(query["start"]), int(query["stop"]))
     return dataset.rows.select(selected).to_list()
@@ -88,8 +91,11 @@ def _load_dataset(path: str, subset: str | None, split: str) -> _LoadedDataset:
     """Download a dataset once into the library's cache; its version is derived from its files."""
     import datasets
 
+    # cached, as `read_rows` needs the dataset for each shard of 10,000 rows
     builder = datasets.load_dataset_builder(path, subset)
     builder.download_and_prepare()
     rows = builder.as_dataset(split=split)
+
+    # The hash covers the data files, and the number of rows how the split cuts them.
     version = f"{builder.config.version}-{builder.hash or ''}-{len(rows)}"
     return _LoadedDataset(rows, version)

@@ -27,6 +27,9 @@ def split_by_bytes(shard: Shard, number: int, block_bytes: int) -> list[ShardRan
     """Return byte ranges of a plain .jsonl shard; a .json file may be one array: not split."""
     if is_json_file(shard):
         return [ShardRange(number, 0, END_OF_SHARD, shard.size)]
+
+    # Anywhere, also within a line: a line belongs to the range that it starts in. So no byte is
+    # read to find where to split.
     return split_range(number, shard.size, shard.size, block_bytes)
 
 
@@ -43,6 +46,7 @@ def iter_row_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
             for row in csv.reader(_text_lines(shard), strict=True):
                 yield 1, sum(map(len, row))
         else:
+            # blank lines are no rows, here as in `_json_rows`: ranges are row numbers
             for line in _open(shard):
                 if line.strip():
                     yield 1, len(line)
@@ -70,7 +74,7 @@ def _decoding(shard: Shard) -> Iterator[None]:
     try:
         yield
     except DistFtError:
-        raise
+        raise  # says already what is wrong; a StorageError must stay retryable
     except csv.Error as error:
         raise DataError(
             redact(f"{shard.url}: is not valid CSV ({error}). Write the shard again.")
@@ -90,12 +94,14 @@ def _regroup_by_range(
     """Yield (range, its rows [start, stop)) of all rows of a shard in order."""
     position = 0
     for part in ranges:
+        # rows between two requested ranges have to be decoded, but need not be kept
         for _ in itertools.islice(rows, part.start - position):
             pass
-        if part.stop == END_OF_SHARD:
-            part_rows = list(rows)
-        else:
-            part_rows = list(itertools.islice(rows, part.stop - part.start))
+
+        num_rows = None
+        if part.stop != END_OF_SHARD:
+            num_rows = part.stop - part.start
+        part_rows = list(itertools.islice(rows, num_rows))
 
         position = part.start + len(part_rows)
         yield part, part_rows
@@ -110,9 +116,11 @@ def _open(shard: Shard) -> Any:
     )
     if shard.codec == "gzip":
         return gzip.GzipFile(fileobj=raw)
+
     if shard.codec == "zstd":
         import pyarrow
 
+        # the standard library cannot read it; buffered, as pyarrow's stream has no lines
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
         return io.BufferedReader(stream, 2**20)
 
@@ -121,9 +129,11 @@ def _open(shard: Shard) -> Any:
 
 def _text_lines(shard: Shard) -> Iterator[str]:
     """Yield the lines of a shard as text, for the CSV reader."""
+    # Decoded line by line, so that an error can name the line. A BOM is allowed in the first.
+    encoding = "utf-8-sig"
     for index, line in enumerate(_open(shard)):
         try:
-            yield line.decode("utf-8-sig" if index == 0 else "utf-8")
+            yield line.decode(encoding)
         except UnicodeDecodeError as error:
             raise DataError(
                 redact(
@@ -131,12 +141,14 @@ def _text_lines(shard: Shard) -> Iterator[str]:
                     "shard."
                 )
             ) from error
+        encoding = "utf-8"
 
 
 def _csv_rows(shard: Shard) -> Iterator[Row | DataError]:
     """Yield the rows of a CSV shard."""
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
     for number, row in enumerate(csv.DictReader(_text_lines(shard), strict=True), 1):
+        # DictReader's marks: key None for fields too many, value None for fields too few
         if None in row or None in row.values():
             yield RowLocation(shard.url, number).error(
                 "does not have as many fields as the header. Repair or remove the row."
@@ -162,6 +174,8 @@ def _json_items(shard: Shard) -> Iterator[Any]:
     """Yield the lines of a whole shard, or the items of a .json file that is one array."""
     file = _open(shard)
     first_line = next((line for line in file if line.strip()), b"").removeprefix(_UTF8_BOM)
+
+    # an array may span lines, so its first character decides, not the first line
     if is_json_file(shard) and first_line.lstrip().startswith(b"["):
         try:
             yield from json.loads(first_line + file.read())
@@ -193,6 +207,7 @@ def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
     else:
         content = content.removeprefix(_UTF8_BOM)
 
+    # the last line ends in a later range, which skips the rest of it
     if content and not content.endswith(b"\n"):
         content += _rest_of_line(shard, stop)
     yield from content.split(b"\n")
@@ -200,16 +215,19 @@ def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
 
 def _rest_of_line(shard: Shard, start: int) -> bytes:
     """Return the bytes from `start` up to the next line break, or to the end."""
-    rest, width = bytearray(), ranged_reads.MIN_RANGE_BYTES
     # Most lines end soon: start with small reads and double them.
+    rest = bytearray()
+    width = ranged_reads.MIN_RANGE_BYTES
     while start < shard.size:
         chunk = ranged_reads.read_range(shard.url, start, min(shard.size, start + width))
         line_break = chunk.find(b"\n")
         if line_break >= 0:
             rest += chunk[:line_break]
             break
+
         rest += chunk
-        start, width = start + len(chunk), min(2 * width, ranged_reads.RANGE_BYTES)
+        start += len(chunk)
+        width = min(2 * width, ranged_reads.RANGE_BYTES)
 
     return bytes(rest)
 
@@ -230,8 +248,12 @@ def _json_rows(
         if isinstance(item, bytes) and not item.strip():
             continue
         number += 1
+
+        # Problems are yielded and not raised: the rows after a bad one are still read.
         try:
-            row = json.loads(item) if isinstance(item, bytes) else item
+            row = item
+            if isinstance(item, bytes):
+                row = json.loads(item)
         except UnicodeDecodeError as error:
             problem = f"byte {error.start} of the line is not UTF-8. Convert the shard."
             yield _line_error(shard, number, first_byte, problem)
@@ -262,7 +284,9 @@ def _json_problem(error: ValueError | RecursionError) -> str:
     """
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error)
 
 
 def _line_error(shard: Shard, number: int, first_byte: int, problem: str) -> DataError:
@@ -276,9 +300,11 @@ def count_rows_before(shard: Shard, byte: int) -> int:
     """Return how many rows of a plain .jsonl shard start before `byte`.
 
     For errors only: reads everything before `byte`. Cached, because each bad row of a range needs
-        it.
+    it.
     """
-    count, is_blank = 0, True
+    # A line may span chunks, so whether it is blank is carried from one to the next.
+    count = 0
+    is_blank = True
     for chunk in ranged_reads.stream_range(shard.url, 0, byte):
         for index, line in enumerate(chunk.split(b"\n")):
             if index:  # the previous line ended here
@@ -286,4 +312,5 @@ def count_rows_before(shard: Shard, byte: int) -> int:
                 is_blank = True
             is_blank = is_blank and not line.strip()
 
+    # a line that `byte` cuts starts before it
     return count + (not is_blank)

@@ -27,6 +27,7 @@ MIN_RANGE_BYTES = 64 * 2**10
 
 @lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
+    # one pool for the whole process, created on first use and not by an import
     return ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="dist_ft-fetch")
 
 
@@ -34,6 +35,8 @@ def stream_range(url: str, start: int, stop: int) -> Iterator[bytes]:
     """Yield the bytes [start, stop) of a file in order, while later ranges are fetched ahead."""
     folder, name = posixpath.split(url)
     store = Store(folder)
+
+    # Most reads are small: no thread is needed for a single request.
     if stop - start <= RANGE_BYTES:
         if stop > start:
             yield fetch_range(store, name, start, stop)
@@ -44,6 +47,7 @@ def stream_range(url: str, start: int, stop: int) -> Iterator[bytes]:
         for range_start in range(start, stop, RANGE_BYTES):
             range_stop = min(stop, range_start + RANGE_BYTES)
             in_flight.append(_threads().submit(fetch_range, store, name, range_start, range_stop))
+            # bounds the memory: no further request starts before the oldest range is consumed
             if len(in_flight) == MAX_IN_FLIGHT:
                 yield in_flight.popleft().result()
 
@@ -67,6 +71,8 @@ def fetch_range(store: Store, name: str, start: int, stop: int) -> bytes:
     """
     if stop - start <= MIN_RANGE_BYTES:
         return store.read(name, start, stop)
+
+    # one attempt: repeating a large request that broke would fetch the same bytes again
     try:
         with retry_limit(1):
             return store.read(name, start, stop)
@@ -87,7 +93,8 @@ class RandomAccessFile(io.RawIOBase):
 
     def __init__(self, url: str, size: int) -> None:
         """Assign only; nothing is read yet."""
-        self._url, self._size = url, size
+        self._url = url
+        self._size = size
         self._position = 0
 
     def readable(self) -> bool:
@@ -105,6 +112,7 @@ class RandomAccessFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move to a position."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        # beyond the end is allowed, as for any file: reads there return nothing
         self._position = max(0, base + offset)
         return self._position
 
@@ -123,11 +131,14 @@ class ReadAheadFile(RandomAccessFile):
     def __init__(self, url: str, size: int) -> None:
         """Assign only; nothing is read yet."""
         super().__init__(url, size)
-        self._buffered, self._buffer_start = b"", 0
+        self._buffered = b""
+        self._buffer_start = 0
         self._stream: Iterator[bytes] | None = None
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
         """Fill some of `buffer`; return the number of bytes, 0 at the end."""
+        # At most what is buffered: a raw file may return less than requested, and the caller's
+        # BufferedReader calls again.
         offset = self._position - self._buffer_start
         if not 0 <= offset < len(self._buffered):
             if not self._advance():
@@ -143,8 +154,12 @@ class ReadAheadFile(RandomAccessFile):
         """Buffer the range that holds the position; return False at the end of the file."""
         if self._position >= self._size:
             return False
+
+        # After a seek, the ranges in flight are the wrong ones: start again at the position.
         is_sequential = self._position == self._buffer_start + len(self._buffered)
         if self._stream is None or not is_sequential:
             self._stream = stream_range(self._url, self._position, self._size)
-        self._buffer_start, self._buffered = self._position, next(self._stream)
+
+        self._buffered = next(self._stream)
+        self._buffer_start = self._position
         return True

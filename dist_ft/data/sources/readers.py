@@ -26,8 +26,7 @@ def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[Shard
     """Return the ranges of shard `number`, each of about `block_bytes` of text.
 
     The cost is that of finding where to split: nothing for JSON Lines; the footer for Parquet; one
-        pass over
-    compressed files and CSV that are larger than a block.
+    pass over compressed files, CSV and Arrow files that are larger than a block.
     """
     if shard.kind == "hub":
         return [ShardRange(number, 0, END_OF_SHARD, hub.BYTES_PER_SHARD)]
@@ -39,7 +38,9 @@ def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[Shard
             return tables.split_parquet(shard, number, block_bytes)
 
         # A small shard is one range, so that it need not be read to find where to split it.
-        ratio = COMPRESSION_RATIO if shard.codec else 1
+        ratio = 1
+        if shard.codec:
+            ratio = COMPRESSION_RATIO
         if shard.kind == "text" or shard.size <= block_bytes // ratio:
             return [ShardRange(number, 0, END_OF_SHARD, shard.size * ratio)]
         return _split_by_rows(shard, number, block_bytes)
@@ -47,17 +48,24 @@ def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[Shard
 
 def _split_by_rows(shard: Shard, number: int, block_bytes: int) -> list[ShardRange]:
     """Return row ranges of a shard that has to be read from its start."""
-    iter_sizes = tables.iter_batch_sizes if shard.kind == "arrow" else lines.iter_row_sizes
+    iter_sizes = lines.iter_row_sizes
+    if shard.kind == "arrow":
+        iter_sizes = tables.iter_batch_sizes  # record batches cannot be read in part
+
     ranges = []
     start = row = range_bytes = 0
     for num_rows, num_bytes in iter_sizes(shard):
         if range_bytes and range_bytes + num_bytes > block_bytes:
             ranges.append(ShardRange(number, start, row, range_bytes))
-            start, range_bytes = row, 0
+            start = row
+            range_bytes = 0
+
         row += num_rows
         range_bytes += num_bytes
 
-    return [*ranges, ShardRange(number, start, END_OF_SHARD, range_bytes)]
+    # the last range also covers a shard without rows, which is refused later by name
+    ranges.append(ShardRange(number, start, END_OF_SHARD, range_bytes))
+    return ranges
 
 
 def is_sequential(shard: Shard) -> bool:
@@ -86,7 +94,9 @@ def read_ranges(shard: Shard, ranges: Sequence[ShardRange]) -> Iterator[tuple[Sh
 def iter_rows(shard: Shard, block_bytes: int = 16 * 2**20) -> Iterator[Row | DataError]:
     """Yield every row of a shard, reading it once, about `block_bytes` at a time."""
     for _, rows in read_ranges(shard, split_into_ranges(shard, 0, block_bytes)):
-        yield from rows if isinstance(rows, list) else rows.to_pylist()
+        if not isinstance(rows, list):
+            rows = rows.to_pylist()
+        yield from rows
 
 
 @contextmanager
@@ -95,6 +105,7 @@ def _naming_vanished_shard(shard: Shard) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, StorageError) as error:
+        # storage reports a missing file as the cause of its own error
         if isinstance(error, StorageError) and not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise vanished_error(shard) from error

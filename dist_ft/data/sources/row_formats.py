@@ -45,6 +45,7 @@ def detect_format(row: Row, data: DataSection, shard_url: str) -> str:
     """
     if data.format != "auto":
         return data.format
+    # Chat first: a chat row may also have a column named like one of the other formats.
     fields = data.fields
     if fields.messages in row:
         return "chat"
@@ -52,6 +53,7 @@ def detect_format(row: Row, data: DataSection, shard_url: str) -> str:
         return "instruction"
     if fields.text in row:
         return "text"
+
     columns = ", ".join(map(str, row)) or "(none)"
     raise DataError(
         redact(
@@ -72,6 +74,7 @@ def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Ro
     messages = get_column(row, column, "data.fields.messages", location)
     if isinstance(messages, str):
         messages = _decode_json(messages, column, location)
+
     if not isinstance(messages, list):
         raise location.error(
             f"{column} is a {type(messages).__name__}. It must be a list of {{role, content}}. "
@@ -87,6 +90,8 @@ def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Ro
         _check_message(message, f"{column}[{index}]", location)
         for index, message in enumerate(messages)
     ]
+
+    # with targets=all, a conversation without an answer is still trained on
     has_answer = any(message["role"] == "assistant" for message in checked)
     if data.targets == "response" and not has_answer:
         raise location.error(
@@ -94,6 +99,7 @@ def read_messages(row: Row, data: DataSection, location: RowLocation) -> list[Ro
             "Remove the row or set data.targets=all."
         )
 
+    # the row's own system prompt wins
     if data.system_prompt is not None and checked[0]["role"] != "system":
         checked.insert(0, {"role": "system", "content": data.system_prompt})
     return checked
@@ -117,6 +123,7 @@ def render_instruction(row: Row, data: DataSection, location: RowLocation) -> Re
     The end-of-sequence token is added later, as an id.
     """
     texts = _read_instruction(row, data, location)
+    # the column would otherwise be left out silently
     if texts.system and "{system}" not in data.prompt_template:
         raise DataError(
             f"data.prompt_template={data.prompt_template!r}: has no {{system}} for the column of "
@@ -133,7 +140,9 @@ def render_instruction(row: Row, data: DataSection, location: RowLocation) -> Re
         ) from error
 
     text = prompt + texts.response
-    target_start = 0 if data.targets == "all" else len(prompt)
+    target_start = len(prompt)
+    if data.targets == "all":
+        target_start = 0
     return RenderedSample(text, [(target_start, len(text))])
 
 
@@ -164,6 +173,7 @@ def _read_instruction(row: Row, data: DataSection, location: RowLocation) -> _In
     system = data.system_prompt
     if fields.system is not None:
         value = get_column(row, fields.system, "data.fields.system", location)
+        # null in one row: data.system_prompt stands in
         if value is not None:
             system = require_text(value, fields.system, location)
 
@@ -177,16 +187,19 @@ def _check_message(message: Any, where: str, location: RowLocation) -> Row:
             f"{where} has no role. It must be a {{role, content}} object. Repair the row."
         )
 
+    # APIs write null as the content of a turn that only calls tools
     tool_calls = message.get("tool_calls")
     value = message.get("content")
     if tool_calls and value is None:
         value = ""
+
     content = require_text(value, f"{where}.content", location)
     if message["role"] == "assistant" and not content.strip() and not tool_calls:
         raise location.error(
             f"{where}.content is empty. An assistant turn needs content. Remove the row."
         )
 
+    # Arrow gives every message the keys of all: templates test whether a key exists, not its value.
     fields = {key: value for key, value in message.items() if value is not None}
     return {**fields, "content": content}
 
@@ -211,7 +224,10 @@ def get_column(row: Row, column: str, field: str | None, location: RowLocation) 
         DataError: the row has no such column.
     """
     if column not in row:
-        remedy = f"Set {field} to the right one" if field else "Rename a column"
+        remedy = "Rename a column"
+        if field:
+            remedy = f"Set {field} to the right one"
+
         raise location.error(
             f"has no column '{column}'. Its columns: {', '.join(map(str, row)) or 'none'}. "
             f"{remedy} or repair the row."

@@ -50,7 +50,9 @@ class _ArrowReader:
         """Yield the record batches in order."""
         batches = self.reader
         if self.is_file_format:
+            # lazy: one record batch at a time is in memory
             batches = map(self.reader.get_batch, range(self.reader.num_record_batches))
+
         first_row = 0
         for rows in batches:
             yield _Batch(first_row, rows)
@@ -62,6 +64,7 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
     with _decoding(shard):
         metadata = _open_parquet(shard).metadata
         row_groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        # bytes before compression, as blocks are measured by their text
         sizes = [(group.num_rows, group.total_byte_size) for group in row_groups]
 
     ranges: list[ShardRange] = []
@@ -69,7 +72,9 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
     for num_rows, num_bytes in sizes:
         if row > start and range_bytes + num_bytes > block_bytes:
             ranges.append(ShardRange(number, start, row, range_bytes))
-            start, range_bytes = row, 0
+            start = row
+            range_bytes = 0
+
         row += num_rows
         range_bytes += num_bytes
 
@@ -81,8 +86,10 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
                     ShardRange(number, start + part.start, start + part.stop, part.num_bytes, start)
                 )
 
-            start, range_bytes = row, 0
+            start = row
+            range_bytes = 0
 
+    # a shard without rows has a range too, so that it is refused later by name
     if row > start or not ranges:
         ranges.append(ShardRange(number, start, row, range_bytes))
     return ranges
@@ -117,6 +124,7 @@ def _regroup_by_range(
 
     held: deque[_Batch] = deque()
     for part in ranges:
+        # a batch at the edge of two ranges is held for both
         while held and held[0].stop_row <= part.start:
             held.popleft()
 
@@ -128,9 +136,15 @@ def _regroup_by_range(
             if batch.stop_row > part.start:
                 held.append(batch)
 
+        # the schema is needed where no batch is held
         table = pyarrow.Table.from_batches([batch.rows for batch in held], schema)
-        skipped = part.start - held[0].first_row if held else 0
-        num_rows = None if part.stop == END_OF_SHARD else part.stop - part.start
+        skipped = 0
+        if held:
+            skipped = part.start - held[0].first_row
+
+        num_rows = None
+        if part.stop != END_OF_SHARD:
+            num_rows = part.stop - part.start
         yield part, table.slice(skipped, num_rows)
 
 
@@ -159,16 +173,22 @@ def _row_groups(file: Any, ranges: Sequence[ShardRange]) -> Iterator[_Batch]:
     metadata = file.metadata
     group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     edges = [0, *itertools.accumulate(group_rows)]
+
+    # `next_group` lets a group that several ranges share be read once: `_regroup_by_range` holds
+    # its batches until the last of them.
     next_group = 0
     for part in ranges:
-        stop = edges[-1] if part.stop == END_OF_SHARD else part.stop
-        groups = [
-            group
-            for group in range(next_group, metadata.num_row_groups)
-            if edges[group] < stop and edges[group + 1] > part.start
-        ]
+        stop = part.stop
+        if stop == END_OF_SHARD:
+            stop = edges[-1]
+
+        groups = []
+        for group in range(next_group, metadata.num_row_groups):
+            if edges[group] < stop and edges[group + 1] > part.start:
+                groups.append(group)
         if not groups:
             continue
+
         next_group = groups[-1] + 1
         first_row = edges[groups[0]]
         for rows in file.iter_batches(BATCH_ROWS, row_groups=groups):
@@ -199,7 +219,9 @@ def _decoding(shard: Shard) -> Iterator[None]:
         yield
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
         if isinstance(error, FileNotFoundError):
-            raise
+            raise  # `readers` says what to do about a shard that vanished
+
+        # pyarrow appends details of several lines to some messages
         first_line = (str(error).splitlines() or [""])[0]
         raise DataError(
             redact(

@@ -1,7 +1,7 @@
 """Inspect a dataset before training: columns, counts, lengths, duplicates, suspicious rows.
 
 Reads every row once, a block at a time; writes nothing. Lengths are in characters: tokens need a
-tokenizer, which `preview` and `pack-stats` have.
+tokenizer, which `preview` and `pack-stats` have. The only array holds one length for each row.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def inspect_paths(paths: Sequence[str]) -> Inspection:
     Raises:
         DataError: a path matches nothing.
     """
-    result, hashes = Inspection(), set[int]()
+    result = Inspection()
+    hashes: set[int] = set()  # over all shards, as a row may be repeated in another file
     for shards in discover_shards([Source(path=path) for path in paths], "PATH"):
         for shard in shards:
             _inspect_shard(result, shard, hashes)
@@ -80,9 +81,14 @@ def inspect_paths(paths: Sequence[str]) -> Inspection:
 def _inspect_shard(result: Inspection, shard: Shard, hashes: set[int]) -> None:
     """Add a shard and its rows to the result; `hashes` are those of the rows so far."""
     result.num_shards += 1
+    # the size of a hub shard is its number of rows
     if shard.kind != "hub":
         result.num_bytes += shard.size
-    result.kinds[f"{shard.kind} ({shard.codec})" if shard.codec else shard.kind] += 1
+
+    kind: str = shard.kind
+    if shard.codec:
+        kind = f"{shard.kind} ({shard.codec})"
+    result.kinds[kind] += 1
 
     for number, row in enumerate(readers.iter_rows(shard, BLOCK_BYTES), 1):
         result.num_rows += 1
@@ -94,6 +100,8 @@ def _inspect_shard(result: Inspection, shard: Shard, hashes: set[int]) -> None:
         for name, value in row.items():
             result.columns[f"{name}: {type(value).__name__}"] += 1
         _check_row(result, row, location)
+
+        # The hash and not the row is kept: a set of millions of rows would not fit into memory.
         if len(hashes) < MAX_HASHES:
             row_hash = _hash_row(row)
             result.num_duplicates += row_hash in hashes
@@ -102,6 +110,7 @@ def _inspect_shard(result: Inspection, shard: Shard, hashes: set[int]) -> None:
 
 def _short_problem(error: DataError) -> str:
     """Return the problem of a row's error, without its location, details and advice."""
+    # What is left is the same for all rows with this problem, so that they are counted together.
     problem = str(error).split(": ", 1)[-1]
     return re.split(r" \(|;|\.( |$)", problem)[0]
 
@@ -110,7 +119,9 @@ def _hash_row(row: Row) -> int:
     """Return a hash of all values of a row."""
     import xxhash
 
-    return xxhash.xxh3_64_intdigest(json.dumps(row, sort_keys=True, default=str).encode())
+    # sorted, because the order of columns makes no difference; str, because Parquet has dates
+    canonical = json.dumps(row, sort_keys=True, default=str)
+    return xxhash.xxh3_64_intdigest(canonical.encode())
 
 
 def _check_row(result: Inspection, row: Row, location: str) -> None:
@@ -118,7 +129,10 @@ def _check_row(result: Inspection, row: Row, location: str) -> None:
     texts = list(_iter_texts(row))
     num_characters = sum(map(len, texts))
     result.lengths.append(num_characters)
-    if not row or (not any(text.strip() for text in texts) and not _has_numbers(row)):
+
+    # rows of tokens have no text and are sound
+    has_text = any(text.strip() for text in texts)
+    if not row or (not has_text and not _has_numbers(row)):
         result.add_problem("empty: no text in any column", location)
     if num_characters > LONG_CHARACTERS:
         result.add_problem(f"longer than {LONG_CHARACTERS:,} characters", location)
@@ -129,12 +143,25 @@ def _check_row(result: Inspection, row: Row, location: str) -> None:
 
     messages = row.get("messages")
     if isinstance(messages, list):
-        roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-        if "assistant" not in roles:
-            result.add_problem("messages without an assistant turn", location)
-        turns = [role for role in roles if role not in ("system", "tool")]
-        if any(role == next_role for role, next_role in pairwise(turns)):
-            result.add_problem("messages with two turns of the same role in a row", location)
+        _check_roles(result, messages, location)
+
+
+def _check_roles(result: Inspection, messages: list[Any], location: str) -> None:
+    """Add problems of the roles in a chat."""
+    roles = []
+    for message in messages:
+        role = None
+        if isinstance(message, dict):
+            role = message.get("role")
+        roles.append(role)
+
+    if "assistant" not in roles:
+        result.add_problem("messages without an assistant turn", location)
+
+    # Several results of tools may follow one another, and system prompts may stand anywhere.
+    turns = [role for role in roles if role not in ("system", "tool")]
+    if any(role == next_role for role, next_role in pairwise(turns)):
+        result.add_problem("messages with two turns of the same role in a row", location)
 
 
 def _iter_texts(value: Any) -> Iterator[str]:
@@ -151,16 +178,21 @@ def _iter_texts(value: Any) -> Iterator[str]:
 
 def _has_numbers(row: Row) -> bool:
     """Return whether a column holds a list of integers (tokens)."""
-    return any(
-        isinstance(value, list) and value and isinstance(value[0], int) for value in row.values()
-    )
+    for value in row.values():
+        # the first item is enough: a list of tokens may be long
+        if isinstance(value, list) and value and isinstance(value[0], int):
+            return True
+    return False
 
 
 def format_inspection(result: Inspection) -> str:
     """Return an inspection as lines for people."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.kinds.items()))
+
+    # quantiles need at least one value; there is none if no row could be decoded
     lengths = np.array(result.lengths or [0])
     low, median, p95, high = (int(value) for value in np.quantile(lengths, [0, 0.5, 0.95, 1]))
+
     duplicates = f"{result.num_duplicates:,}"
     if result.num_rows > MAX_HASHES:
         duplicates += f" (among the first {MAX_HASHES:,} rows)"
@@ -174,10 +206,15 @@ def format_inspection(result: Inspection) -> str:
         "columns",
     ]
     for name, count in sorted(result.columns.items()):
-        share = "in all rows" if count == result.num_rows else f"in {count:,} rows"
+        share = f"in {count:,} rows"
+        if count == result.num_rows:
+            share = "in all rows"
         lines.append(f"  {name}  {share}")
 
-    lines.append("suspicious" if result.suspicious else "suspicious  none")
+    if not result.suspicious:
+        lines.append("suspicious  none")
+    else:
+        lines.append("suspicious")
     for problem, count in result.suspicious.most_common():
         lines.append(f"  {count:,} × {problem}, for example {', '.join(result.examples[problem])}")
     return "\n".join(lines)

@@ -32,20 +32,35 @@ def perturb_row(row: Row, columns: Iterable[str], change: Callable[[str], str]) 
 
 
 def _change_value(value: Any, change: Callable[[str], str]) -> Any:
-    """Apply `change` to a text, or to each word of a list."""
-    if isinstance(value, list):
-        return [change(word) if isinstance(word, str) else word for word in value]
-    return change(value) if isinstance(value, str) else value
+    """Apply `change` to a text, or to each text of a list; other values stay."""
+    if isinstance(value, str):
+        return change(value)
+    if not isinstance(value, list):
+        return value
+
+    # word by word, so that tags and other columns of the same length still fit
+    changed = []
+    for word in value:
+        if isinstance(word, str):
+            word = change(word)
+        changed.append(word)
+    return changed
 
 
 def make_typo_function(rate: float, seed: int, number: int) -> Callable[[str], str]:
     """Return a function that adds one typo to a share `rate` of the words of row `number`."""
+    # One generator for all columns of the row: its draws follow the order of the columns.
     rng = random.Random(derive_seed(seed, number))
 
     def change_word(match: re.Match[str]) -> str:
-        return add_typo(match[0], rng) if rng.random() < rate else match[0]
+        if rng.random() < rate:
+            return add_typo(match[0], rng)
+        return match[0]
 
-    return lambda text: _WORD.sub(change_word, text)
+    def change_text(text: str) -> str:
+        return _WORD.sub(change_word, text)
+
+    return change_text
 
 
 def add_typo(word: str, rng: random.Random) -> str:
@@ -55,7 +70,9 @@ def add_typo(word: str, rng: random.Random) -> str:
     """
     kind = rng.choice(("swap", "drop", "neighbor"))
     position = rng.randrange(len(word))
+
     if kind == "swap":
+        # the last letter has none after it to be swapped with
         position = min(position, len(word) - 2)
         first, second = word[position], word[position + 1]
         return word[:position] + second + first + word[position + 2 :]
@@ -66,7 +83,9 @@ def add_typo(word: str, rng: random.Random) -> str:
         return before + after
 
     neighbor = rng.choice(neighbors)
-    return before + (neighbor.upper() if letter.isupper() else neighbor) + after
+    if letter.isupper():
+        neighbor = neighbor.upper()
+    return before + neighbor + after
 
 
 def neighboring_keys(letter: str) -> str:
@@ -78,8 +97,14 @@ def neighboring_keys(letter: str) -> str:
 
         # Each row of keys is shifted to the right by half a key.
         left = max(0, column - 1)
-        above = KEYBOARD[number - 1][column : column + 2] if number else ""
-        below = KEYBOARD[number + 1][left : column + 1] if number + 1 < len(KEYBOARD) else ""
+        above = ""
+        if number > 0:
+            above = KEYBOARD[number - 1][column : column + 2]
+
+        below = ""
+        if number + 1 < len(KEYBOARD):
+            below = KEYBOARD[number + 1][left : column + 1]
+
         return row[left:column] + row[column + 1 : column + 2] + above + below
 
     return ""
@@ -108,6 +133,12 @@ def make_swap_function(pairs: Iterable[tuple[str, str]]) -> Callable[[str], str]
             "evaluation.robustness.swaps: has no pair. At least one is needed. Add one."
         )
 
+    # An alternation takes the first term that fits: "Anna" before "Ann". One pattern for all terms,
+    # so that a replaced name is not replaced back.
     longest_first = sorted(replacements, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)")
-    return lambda text: pattern.sub(lambda match: replacements[match[0]], text)
+
+    def swap_terms(text: str) -> str:
+        return pattern.sub(lambda match: replacements[match[0]], text)
+
+    return swap_terms

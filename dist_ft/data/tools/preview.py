@@ -1,6 +1,8 @@
 """Preview the training data: samples with their target tokens marked, and statistics.
 
 The marks show what the loss counts, after truncation and shifting, not what a template promises.
+
+n is the number of tokens of a segment, or of sequences of a block.
 """
 
 from __future__ import annotations
@@ -72,15 +74,19 @@ def compute_statistics(loader: Loader) -> DataStatistics:
 
     Lengths and padding are those of the first `MAX_BLOCKS` blocks.
     """
-    index, batch = loader.index, loader.plan.batch
+    index = loader.index
+    batch = loader.plan.batch
     numbers = range(min(MAX_BLOCKS, len(index.blocks)))
     row_lengths = np.concatenate([np.diff(loader.store.block(n).offsets) for n in numbers])
+    # "nearest" gives lengths of real samples, not averages of two
     quantiles = np.quantile(row_lengths, [0, 0.5, 0.95, 1], method="nearest")
     low, median, p95, high = quantiles.tolist()
 
     sequence_lengths = np.concatenate([_sequence_lengths(loader, n) for n in numbers])
     num_positions = _num_positions(sequence_lengths, batch.global_batch, batch.micro_batch)
-    num_tokens, num_sequences = index.total("num_tokens"), index.total("num_sequences")
+    # these are known for all blocks
+    num_tokens = index.total("num_tokens")
+    num_sequences = index.total("num_sequences")
     return DataStatistics(
         num_samples=index.num_samples,
         num_left_out=index.total("num_left_out"),
@@ -101,7 +107,9 @@ def compute_statistics(loader: Loader) -> DataStatistics:
 def _sequence_lengths(loader: Loader, number: int) -> np.ndarray:
     """Return the tokens of each sequence of a block in epoch 0, int64 (n,)."""
     packed = loader.packed(0, number)
-    segment_lengths = packed.segments[packed.sequences.members, 2]
+    segment_lengths = packed.segments[packed.sequences.members, 2]  # sequence after sequence
+
+    # differences of prefix sums: the tokens between two edges of sequences
     tokens_before = np.concatenate([[0], np.cumsum(segment_lengths)])
     return np.diff(tokens_before[packed.sequences.offsets])
 
@@ -113,7 +121,11 @@ def _num_positions(lengths: np.ndarray, global_batch: int, micro_batch: int) -> 
     """
     number = np.arange(len(lengths))
     lanes_per_step = -(-global_batch // micro_batch)
-    lanes = number // global_batch * lanes_per_step + number % global_batch // micro_batch
+
+    # an own number for each lane of each step, ascending over the sequences
+    lane_in_step = number % global_batch // micro_batch
+    lanes = number // global_batch * lanes_per_step + lane_in_step
+
     lane_starts = np.flatnonzero(np.diff(lanes, prepend=-1))
     widths = np.maximum.reduceat(lengths, lane_starts)
     num_sequences = np.diff(lane_starts, append=len(lengths))
@@ -147,8 +159,13 @@ def format_statistics(statistics: DataStatistics, packed: bool) -> str:
 
 def pack_stats(loader: Loader) -> str:
     """Return a table of how full sequences are, at half, once and twice the sequence length."""
-    data, sequence_length = loader.plan.data, loader.plan.batch.sequence_length
-    overlong = "truncate" if data.overlong == "error" else data.overlong
+    sequence_length = loader.plan.batch.sequence_length
+
+    # the table counts what is too long at each length, so no length is an error here
+    overlong = loader.plan.data.overlong
+    if overlong == "error":
+        overlong = "truncate"
+
     lines = [
         f"{'length':>8}{'too long':>10}{'sequences':>11}{'packed full':>13}{'unpacked full':>15}"
     ]
@@ -157,6 +174,7 @@ def pack_stats(loader: Loader) -> str:
         for number in range(min(MAX_BLOCKS, len(loader.index.blocks))):
             block = loader.store.block(number)
             sizes = split_into_segments(block, length, overlong).bounds[:, 2]
+            # packed whatever data.pack says, as the table compares both
             sequences = group_into_sequences(sizes, length, True, None)
             num_sequences += len(sequences.offsets) - 1
             num_tokens += int(sizes.sum())
@@ -189,10 +207,13 @@ def preview(loader: Loader, num_samples: int = 3, markup: bool = False) -> str:
 
 def _format_segment(loader: Loader, segment: _SegmentRef, markup: bool) -> str:
     """Return a segment's location and number of tokens, and its text with the targets marked."""
-    block, encoder = loader.store.block(segment.block), loader.store.encoder
+    block = loader.store.block(segment.block)
+    encoder = loader.store.encoder
+
+    # a copy: the arrays of a block are views of a file and cannot be written to
     start = int(block.offsets[segment.row]) + segment.start
     stop = start + segment.num_tokens
-    is_target = block.is_target[start:stop].copy()
+    is_target = block.is_target[start:stop].copy()  # (n,)
     # The first token cannot be a next-token target; a task's label may be on it.
     is_target[0] &= block.is_labeled
 
@@ -205,17 +226,23 @@ def _format_segment(loader: Loader, segment: _SegmentRef, markup: bool) -> str:
     labels = encoder.describe_targets(block.targets[start:stop])
     if labels:
         head += f" (label: {labels})"
+    if markup:
+        head = _escape(head)
+
     text = mark_targets(encoder.tokenizer, block.tokens[start:stop], is_target, markup)
-    return f"{_escape(head) if markup else head}\n{text}"
+    return f"{head}\n{text}"
 
 
 def _first_segments(loader: Loader, count: int) -> list[_SegmentRef]:
     """Return the first `count` segments in storage order."""
-    sequence_length, overlong = loader.plan.batch.sequence_length, loader.plan.data.overlong
+    sequence_length = loader.plan.batch.sequence_length
+    overlong = loader.plan.data.overlong
     found: list[_SegmentRef] = []
     for number in range(len(loader.index.blocks)):
+        # before reading the next block, which may have to be tokenized
         if len(found) >= count:
             break
+
         segments = split_into_segments(loader.store.block(number), sequence_length, overlong)
         for row, start, num_tokens in segments.bounds[: count - len(found)].tolist():
             found.append(_SegmentRef(number, row, start, num_tokens))
@@ -227,7 +254,10 @@ def mark_targets(
     tokenizer: Any, tokens: np.ndarray, is_target: np.ndarray, markup: bool = False
 ) -> str:
     """Return tokens (n,) as text, with runs of targets (n,) bool marked."""
-    run_stops = [*(np.flatnonzero(np.diff(is_target)) + 1).tolist(), len(tokens)]
+    # a run ends where the next token is of the other kind
+    changes = np.flatnonzero(np.diff(is_target)) + 1
+    run_stops = [*changes.tolist(), len(tokens)]
+
     previous_text = ""
     marked = []
     for stop in run_stops:
@@ -245,9 +275,13 @@ def mark_targets(
 def _mark_run(text: str, is_target: bool, markup: bool) -> str:
     """Return the text of a run, marked if it is a target."""
     if markup:
-        escaped = _escape(text)
-        return f"[bold green]{escaped}[/bold green]" if is_target else escaped
-    return f"[[{text}]]" if is_target else text
+        text = _escape(text)
+    if not is_target:
+        return text
+
+    if markup:
+        return f"[bold green]{text}[/bold green]"
+    return f"[[{text}]]"
 
 
 def _escape(text: str) -> str:

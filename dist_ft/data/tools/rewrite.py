@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from dist_ft.core.errors import DataError
-from dist_ft.data.block import Block
+from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.token_cache import TokenizedBlock, cache_key
 from dist_ft.data.sources import readers
@@ -44,6 +44,7 @@ def rewrite_blocks(
     Raises:
         DataError: `out` holds the shards of other data, or other files.
     """
+    # Not only shard names: the same names may hold another data set with as many blocks.
     source = _describe_source(blocks, suffix, tokenize)
     existing = set(out.list())
     is_same_source = SOURCE in existing and _is_same_source(out.read(SOURCE).decode(), source)
@@ -57,12 +58,15 @@ def rewrite_blocks(
     total = len(blocks.blocks)
     names = [f"part-{number:05d}-of-{total:05d}.{suffix}" for number in range(total)]
     missing = [number for number, name in enumerate(names) if name not in existing]
+
+    # Lazy: at most a few blocks are in memory.
     contents: Iterator[Any]
     if tokenize:
         contents = (block_to_table(block) for _, block in blocks.iter_blocks(missing))
     else:
         contents = _iter_block_rows([blocks.blocks[number] for number in missing], blocks.shards)
 
+    # before the first shard, so that an interrupted call can be continued
     out.write(SOURCE, source.encode())
     for number, name in enumerate(names):
         if name not in existing:
@@ -75,7 +79,11 @@ def rewrite_blocks(
 
 def _describe_source(blocks: BlockStore, suffix: str, tokenize: bool) -> str:
     """Return what the shards are written from, as JSON."""
-    fingerprint = blocks.fingerprint if tokenize else "rows"
+    # tokens depend on the tokenizer, rows do not
+    fingerprint = "rows"
+    if tokenize:
+        fingerprint = blocks.fingerprint
+
     keys = [cache_key(fingerprint, block, blocks.shards) for block in blocks.blocks]
     return json.dumps({"suffix": suffix, "tokenized": tokenize, "blocks": keys})
 
@@ -109,8 +117,13 @@ def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterat
     """Yield the rows of each block; a shard shared by several blocks is read in one pass."""
     ranges_left = [len(block.ranges) for block in blocks]
     rows: list[Row] = []
+
     for number, found in _read_in_passes(blocks, shards):
-        for row in found if isinstance(found, list) else found.to_pylist():
+        if not isinstance(found, list):
+            found = found.to_pylist()
+
+        for row in found:
+            # a copy must have every row, whatever data.bad_rows says
             if isinstance(row, DataError):
                 raise row
             rows.append(row)
@@ -123,7 +136,11 @@ def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterat
 
 def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[tuple[int, Any]]:
     """Yield (block, rows of a range) in order; consecutive ranges of a shard are one pass."""
-    todo = [(number, part) for number, block in enumerate(blocks) for part in block.ranges]
+    todo: list[tuple[int, ShardRange]] = []
+    for number, block in enumerate(blocks):
+        for part in block.ranges:
+            todo.append((number, part))
+
     for shard, group in groupby(todo, key=lambda item: item[1].shard):
         numbers, ranges = zip(*group, strict=True)
         passes = readers.read_ranges(shards[shard], ranges)
@@ -134,11 +151,16 @@ def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterato
 def _encode(rows: Any, suffix: str) -> bytes:
     """Return a list of rows, or an Arrow table, as the content of a file."""
     if suffix == "jsonl":
-        return encode_jsonl(rows if isinstance(rows, list) else rows.to_pylist())
+        if not isinstance(rows, list):
+            rows = rows.to_pylist()
+        return encode_jsonl(rows)
+
     if isinstance(rows, list):
         return encode_parquet(rows)
+
     import pyarrow.parquet
 
+    # a table of tokens is written as it is: rows as Python objects would take much more memory
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(rows, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()

@@ -1,4 +1,7 @@
-"""Split rows into named sets, or draw a few examples per label, by seed."""
+"""Split rows into named sets, or draw a few examples per label, by seed.
+
+n is the number of rows, S the number of splits.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def split_rows(
             "sum 1. Correct them."
         )
 
-    edges = np.cumsum(list(shares.values()))
+    edges = np.cumsum(list(shares.values()))  # (S,)
     if group is not None:
         split_numbers = _assign_groups(rows, edges, seed, group)
     else:
@@ -62,8 +65,10 @@ def _assign_groups(rows: Sequence[Row], edges: np.ndarray, seed: int, group: str
     sizes = [len(groups[number]) for number in order]
     starts = np.cumsum([0, *sizes])[:-1] / max(1, len(rows))
 
+    # the sum of the shares may be just below 1, hence the `min`
     split_numbers = np.zeros(len(rows), dtype=np.int64)
-    for number, split in zip(order, np.searchsorted(edges, starts, side="right"), strict=True):
+    splits = np.searchsorted(edges, starts, side="right")
+    for number, split in zip(order, splits, strict=True):
         split_numbers[groups[number]] = min(int(split), len(edges) - 1)
     return split_numbers
 
@@ -72,9 +77,10 @@ def _assign_stratified(
     rows: Sequence[Row], edges: np.ndarray, seed: int, by: str | None
 ) -> np.ndarray:
     """Return the split number of each row; each value of the column `by` is split by itself."""
-    split_numbers = np.zeros(len(rows), dtype=np.int64)
+    split_numbers = np.zeros(len(rows), dtype=np.int64)  # (n,)
     for value, indices in group_rows(rows, by).items():
         shuffled = _shuffle(indices, seed, value)
+
         # A row's position is in the middle of its slot in [0, 1), shifted by seed: small groups get
         # their shares in sum.
         shift = (derive_seed(seed, *_to_numbers(value)) >> 11) / 2**52
@@ -103,6 +109,7 @@ def sample_per_label(
                 "that number."
             )
 
+        # The order does not depend on `count`: more examples extend the fewer.
         drawn += _shuffle(indices, seed, value)[:count].tolist()
 
     return [rows[index] for index in sorted(drawn)]
@@ -124,7 +131,9 @@ def group_rows(rows: Sequence[Row], by: str | None, option: str = "--by") -> dic
                 f"{', '.join(row)}."
             )
 
-        value = str(row[by]) if by is not None else ""
+        value = ""
+        if by is not None:
+            value = str(row[by])
         groups.setdefault(value, []).append(index)
 
     return groups
@@ -132,10 +141,12 @@ def group_rows(rows: Sequence[Row], by: str | None, option: str = "--by") -> dic
 
 def _shuffle(indices: list[int], seed: int, value: str) -> np.ndarray:
     """Return the indices of the rows of one value, shuffled by seed and value."""
+    # by value too: values of equal counts would otherwise be shuffled alike
     hashes = random_uint64(derive_seed(seed, *_to_numbers(value)), len(indices))
     return np.array(indices, dtype=np.int64)[np.argsort(hashes, kind="stable")]
 
 
 def _to_numbers(value: str) -> list[int]:
     """Return a text as integers, for `derive_seed`."""
+    # not `hash`, which differs between processes
     return list(value.encode())

@@ -44,8 +44,10 @@ def _write_shards(
     total = -(-len(rows) // rows_per_shard)
     urls = []
     for number in range(total):
+        # zero-padded: shards are read in the order of their names
         name = f"{prefix}-{number:05d}-of-{total:05d}.{suffix}"
-        store.write(name, encode(rows[number * rows_per_shard : (number + 1) * rows_per_shard]))
+        start = number * rows_per_shard
+        store.write(name, encode(rows[start : start + rows_per_shard]))
         urls.append(store.full_url(name))
 
     return urls
@@ -56,8 +58,17 @@ def encode_parquet(rows: Sequence[Row]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    # Columns of every row: pyarrow's `Table.from_pylist` takes those of the first row only.
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+
+    columns = {}
+    for name in names:
+        columns[name] = [row.get(name) for row in rows]
+    table = pyarrow.table(columns)
+
+    # checksums of pages: `sources.tables` verifies them, so damage does not become other rows
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table, buffer, write_page_checksum=True)
     return buffer.getvalue()

@@ -6,6 +6,9 @@ Method: Zhang et al., arXiv:2303.10512.
 remaining ranks) becomes buffers of the model, so a checkpoint stores it and a resumed run continues
 exactly like an uninterrupted one. The budget follows from the run's step alone. Needs whole weights
 and gradients: one process, or ZeRO-0.
+
+Dimensions: R ranks of an adapter, which adds lora_B (out, R) @ (lora_A (R, in) * lora_E (R, 1)) to
+the weight (out, in).
 """
 
 from __future__ import annotations
@@ -32,8 +35,11 @@ class RankSchedule(nn.Module):
     def __init__(self, tuner: Any) -> None:
         """Schedule the adapters of peft's AdaLoRA `tuner`."""
         super().__init__()
-        self._tuner = (tuner,)  # in a tuple, because it is not a submodule
+        # In a tuple, because it must not become a submodule: it holds the model that holds this.
+        self._tuner = (tuner,)
         self._names = [name for name, _ in tuner.model.named_parameters() if ".lora_" in name]
+
+        # Numbered, because the name of a buffer cannot contain the dots of a weight's name.
         for index, parameter in enumerate(self._weights().values()):
             for kind in ("sensitivity", "uncertainty"):
                 self.register_buffer(f"{kind}_{index}", torch.zeros_like(parameter))
@@ -49,21 +55,27 @@ class RankSchedule(nn.Module):
         The gradients of `step` (1: the first) must still exist, and be the same on all workers.
         """
         (tuner,) = self._tuner
-        allocator, config = tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
+        allocator = tuner.rankallocator
+        config = tuner.peft_config[tuner.trainable_adapter_name]
         last_step = config.total_step - config.tfinal
+
+        # The buffers decide: after a restart peft's own state is empty.
         self._write_to_peft(allocator, config)
         if step == last_step:
-            # peft ignores the last gradient here, and has dropped its averages.
+            # In this step peft itself would ignore the gradient and then drop its averages.
             allocator.update_ipt(tuner.model)
             config.rank_pattern = allocator.mask_to_budget(tuner.model, allocator.target_bgt)
         else:
             tuner.update_and_allocate(step)
+
+        # After the last step the ranks stay, and peft does not update the importance any more.
         self._read_from_peft(allocator, config, read_importance=step <= last_step)
 
     def _write_to_peft(self, allocator: Any, config: Any) -> None:
         """Copy the buffers into peft's allocator and config."""
         rank_pattern = {}
         for index, (name, parameter) in enumerate(self._weights().items()):
+            # peft restarts the averages of a weight that has no entry here; the value is not read.
             allocator.ipt[name] = torch.zeros_like(parameter)
             allocator.exp_avg_ipt[name] = self.get_buffer(f"sensitivity_{index}")
             allocator.exp_avg_unc[name] = self.get_buffer(f"uncertainty_{index}")
@@ -88,11 +100,17 @@ class RankSchedule(nn.Module):
         (tuner,) = self._tuner
         distances = []
         for name, parameter in self._weights().items():
+            # lora_E holds the singular values, which may have any size.
             if ".lora_E." in name:
                 continue
-            gram = parameter @ parameter.T if ".lora_A." in name else parameter.T @ parameter
+
+            matrix = parameter.T
+            if ".lora_A." in name:
+                matrix = parameter
+            gram = matrix @ matrix.T  # (R, R)
             identity = torch.eye(len(gram), device=gram.device)
             distances.append(torch.norm(gram - identity))
+
         weight = tuner.peft_config[tuner.trainable_adapter_name].orth_reg_weight
         return torch.stack(distances).mean() * weight
 

@@ -4,6 +4,8 @@ Trained weights of the model itself (a new head, norms) are peft's `modules_to_s
 adapters, which peft does not support, are stored under their own names and are read by dist_ft
 only. Guarantees: a folder remains only if the adapter read from it gives the logits of the one that
 was written. The folder does not hold the base model.
+
+Dimensions: T tokens of a row, P virtual tokens.
 """
 
 from __future__ import annotations
@@ -51,8 +53,12 @@ def read_adapter_info(folder: str) -> AdapterInfo | None:
     path = Path(folder) / INFO_FILE
     if not path.exists():
         return None
+
+    # An export of a whole model has the file too, without the keys of an adapter.
     info: AdapterInfo = json.loads(path.read_text("utf-8"))
-    return info if "tuning" in info else None
+    if "tuning" not in info:
+        return None
+    return info
 
 
 def save_adapter(
@@ -79,22 +85,26 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     own_weights = _trained_model_weights(model, section)
     own_state = {name: parameter.detach() for name, parameter in own_weights.items()}
+
     if section.method == "bottleneck":
-        added = {
-            name: parameter.detach()
-            for name, parameter in model.named_parameters()
-            if added_layers.is_added(name)
-        }
-        state = own_state | added
+        state = own_state
+        for name, parameter in model.named_parameters():
+            if added_layers.is_added(name):
+                state[name] = parameter.detach()
     else:
         state = _peft_state(model, peft_model, own_state)
         config = _peft_config(model, peft_model)
-        config.modules_to_save = sorted({name.rpartition(".")[0] for name in own_weights}) or None
+        # peft restores whole modules: it replaces them by copies with the weights from the file.
+        modules = {name.rpartition(".")[0] for name in own_weights}
+        config.modules_to_save = sorted(modules) or None
         config.base_model_name_or_path, config.revision = base
         config.inference_mode = True
         config.save_pretrained(folder)
 
+    # The config holds the labels of a new head, which the base model's config does not have.
     model.config.save_pretrained(folder)
+
+    # safetensors rejects tensors that share memory or are not contiguous.
     tensors = {name: values.contiguous().clone() for name, values in state.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
 
@@ -102,7 +112,9 @@ def save_adapter(
 def _peft_config(model: PreTrainedModel, peft_model: Any) -> Any:
     """Return peft's config of the adapter in `model`."""
     virtual = soft_prompts.find_virtual_tokens(model)
-    return virtual.config if virtual is not None else peft_model.peft_config["default"]
+    if virtual is not None:
+        return virtual.config
+    return peft_model.peft_config["default"]
 
 
 def _peft_state(
@@ -114,9 +126,12 @@ def _peft_state(
     virtual = soft_prompts.find_virtual_tokens(model)
     if virtual is not None:
         state = {f"base_model.{name}": values for name, values in own_state.items()}
+        # The vectors, not the network that computes them: peft needs no more to use them.
         state[VIRTUAL_TOKEN_KEY] = virtual().detach()
         return state
+
     state = {f"base_model.model.{name}": values for name, values in own_state.items()}
+
     # Embeddings are excluded explicitly, because peft's default would query the hub.
     return state | get_peft_model_state_dict(peft_model, save_embedding_layers=False)
 
@@ -126,11 +141,12 @@ def _trained_model_weights(
 ) -> dict[str, torch.nn.Parameter]:
     """Return the model's own trained weights, with the other weights of their modules."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    modules = {
-        name.rpartition(".")[0]
-        for name, parameter in parameters.items()
-        if parameter.requires_grad and not added_layers.is_added(name)
-    }
+    modules = set()
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and not added_layers.is_added(name):
+            modules.add(name.rpartition(".")[0])
+
+    # peft stores whole modules, so a trained bias brings the frozen matrix of its layer along.
     trained = {
         name: parameter
         for name, parameter in parameters.items()
@@ -138,14 +154,20 @@ def _trained_model_weights(
     }
 
     for name, parameter in trained.items():
-        tied = [
-            other for other, shared in parameters.items() if shared is parameter and other != name
-        ]
-        has_adapter = ".base_layer." in name or (
-            section.method != "bottleneck" and _holds_added(model, name)
-        )
+        # peft's copy of a module would no longer share its matrix with another one; a copy of an
+        # adapter's layer would hold the adapter too.
+        tied = []
+        for other, shared in parameters.items():
+            if shared is parameter and other != name:
+                tied.append(other)
+
+        has_adapter = ".base_layer." in name
+        if section.method != "bottleneck":
+            has_adapter = has_adapter or _holds_added(model, name)
         if tied or has_adapter:
-            reason = f"it is one matrix with {tied[0]}" if tied else "it has an adapter itself"
+            reason = "it has an adapter itself"
+            if tied:
+                reason = f"it is one matrix with {tied[0]}"
             raise CheckpointError(
                 f"--adapter: {tuning.name_in_model_files(name)} was trained too "
                 f"(tuning.trainable), and peft cannot store it with an adapter: {reason}. Only "
@@ -180,10 +202,12 @@ def load_adapter(
     from peft.utils import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    # The seed does not matter: all initial values are overwritten.
     section = _section_to_load(info)
     peft_model = tuning.apply_tuning(model, section, 0, task)
     state = load_file(Path(folder) / WEIGHTS_FILE)
 
+    # First the model's own weights: peft, here without `modules_to_save`, has no place for them.
     parameters = dict(model.named_parameters())
     own_weights = {}
     for key in list(state):
@@ -200,9 +224,12 @@ def load_adapter(
             weight: Any = virtual.encoder.embedding.weight  # type: ignore[union-attr]
             weight.copy_(state.pop(VIRTUAL_TOKEN_KEY))
         elif peft_model is not None:
+            # peft does not raise an error for weights that have no place; it lists them.
             result: Any = set_peft_model_state_dict(peft_model, state)
             unexpected = result.unexpected_keys
             state = {name: state[name] for name in state if name in unexpected}
+
+            # Merged, the model has the names and the speed of its base model.
             tuning.merge_adapters(model)
 
     # Whatever is left has not been loaded.
@@ -220,17 +247,21 @@ def _section_to_load(info: AdapterInfo) -> TuningSection:
     section = TuningSection.model_validate(info["tuning"])
     if section.method in PROMPT_METHODS:
         # The files hold the vectors, not the network that computed them.
-        is_prefix = section.method == "prefix_tuning"
+        # So a prompt of P-tuning becomes one of prompt tuning.
+        method = section.method
         prompt: dict[str, Any] = {"tokens": section.prompt.tokens}
-        if not is_prefix:
+        if method != "prefix_tuning":
+            method = "prompt_tuning"
             prompt["init"] = "random"
-        method = "prefix_tuning" if is_prefix else "prompt_tuning"
         section = TuningSection.model_validate({"method": method, "prompt": prompt})
+
+    # Nothing is trained here, and a pattern may name weights that this method does not add.
     return section.model_copy(update={"trainable": (), "frozen": ()})
 
 
 def _model_weight_name(key: str, parameters: dict[str, Any]) -> str | None:
     """Return the model weight that `key` of an adapter's file names, None for an added one."""
+    # peft's prefix for layers, its prefix for virtual tokens, and none for bottleneck adapters.
     for prefix in ("base_model.model.", "base_model.", ""):
         if key.startswith(prefix) and key.removeprefix(prefix) in parameters:
             return key.removeprefix(prefix)
@@ -265,7 +296,9 @@ def check_round_trip(
         for name, tensor in model.state_dict().items()
         if not added_layers.is_added(name)
     }
+
     with torch.no_grad():
+        # Trained weights are zeroed, so that the check fails if the folder lacks one of them.
         for name, parameter in empty.named_parameters():
             if name in trained:
                 parameter.zero_()
@@ -275,6 +308,7 @@ def check_round_trip(
             if name in values:
                 buffer.copy_(values[name])
 
+        # By peft itself where it can, since that is how others will read the folder.
         loaded: Any
         if section.method == "bottleneck":
             load_adapter(empty, str(folder), {"tuning": section.model_dump(mode="json")}, task)
@@ -283,6 +317,7 @@ def check_round_trip(
             from peft import PeftModel
 
             loaded = PeftModel.from_pretrained(empty, str(folder))
+
         expected = probe_outputs(model, task, soft_prompts.find_virtual_tokens(model))
         outputs = probe_outputs(loaded.eval(), task, None)
 
@@ -290,6 +325,8 @@ def check_round_trip(
     if expected.shape == outputs.shape:
         largest = expected.abs().max().item()
         difference = (expected - outputs).abs().max().item() / largest
+
+    # Not `>`, which is false for NaN.
     if not difference <= MAX_RELATIVE_DIFFERENCE:
         raise CheckpointError(
             f"{folder}: the adapter read back does not give the same logits (relative difference "
@@ -304,12 +341,18 @@ def probe_outputs(
 
     `virtual` is None for peft's models, which prepend virtual tokens themselves.
     """
-    tokens = (torch.arange(12) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = (torch.arange(12) * 7919 + 11)[None] % vocab_size  # (1, T)
     ids, mask = tokens, torch.ones_like(tokens)
     if virtual is not None:
-        ids, mask = virtual.prepend(ids, mask)
-    kwargs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        ids, mask = virtual.prepend(ids, mask)  # (1, P + T)
+
+    kwargs = {}
+    if model.config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = tokens
     outputs = model(input_ids=ids, attention_mask=mask, **kwargs)
+
+    # Heads of question answering have two outputs, models without a head only hidden states.
     for name in ("logits", "start_logits", "last_hidden_state"):
         if name in outputs:
             return outputs[name].float().flatten()  # type: ignore[no-any-return]

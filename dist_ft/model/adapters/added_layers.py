@@ -14,14 +14,17 @@ ADDED_PREFIXES = ("lora_", "ia3_")
 
 def is_added(name: str) -> bool:
     """Whether a weight of this name belongs to an adapter and is not in the model's own files."""
-    return any(part in ADDED_PARTS or part.startswith(ADDED_PREFIXES) for part in name.split("."))
+    # By whole parts of the name: a model's own weight may be called, say, `bottleneck_size`.
+    parts = name.split(".")
+    return any(part in ADDED_PARTS or part.startswith(ADDED_PREFIXES) for part in parts)
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the last part of the name of each linear layer, sorted, each once."""
-    names = {
-        name.removesuffix(".base_layer").rpartition(".")[2]
-        for name, module in model.named_modules()
-        if type(module).__name__ in ("Linear", "Conv1D") and not is_added(name)
-    }
+    names = set()
+    for name, module in model.named_modules():
+        # By the name of the class: Conv1D is transformers' transposed Linear, of GPT-2.
+        is_linear = type(module).__name__ in ("Linear", "Conv1D")
+        if is_linear and not is_added(name):
+            names.add(name.removesuffix(".base_layer").rpartition(".")[2])
     return sorted(names)

@@ -6,6 +6,8 @@ Down-projection, non-linearity, up-projection, added to the input. The up-projec
 so the model starts unchanged. A network is a child of the linear layer it follows, so the model's
 own parameter names stay. It cannot be merged into weights. The library of the field, `adapters`
 1.3, requires transformers 4.57; hence this implementation.
+
+Dimensions: H width of a layer's output.
 """
 
 from __future__ import annotations
@@ -56,13 +58,16 @@ class Bottleneck(nn.Module):
         self.up = nn.Linear(section.size, width, dtype=dtype)
         self.activation = ACTIVATIONS[section.activation]()
         self.dropout = nn.Dropout(section.dropout)
+
+        # Only `up` is zero: if both were, neither weight would ever get a gradient.
         nn.init.normal_(self.down.weight, std=INIT_STD)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the adapter's output (..., H) for `x` (..., H)."""
-        return x + self.up(self.dropout(self.activation(self.down(x))))
+        hidden = self.activation(self.down(x))  # (..., section.size)
+        return x + self.up(self.dropout(hidden))
 
 
 def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: int) -> None:
@@ -74,27 +79,36 @@ def add_bottlenecks(model: PreTrainedModel, section: BottleneckSection, seed: in
     layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
     is_auto = section.targets == ("auto",)
     targets = OUTPUT_LAYERS if is_auto else section.targets
-    matches = {
-        target: [name for name in layers if f".{name}".endswith(f".{target}")] for target in targets
-    }
 
-    unmatched = [target for target in targets if not matches[target]]
-    if is_auto and any(matches.values()):  # no model has them all
+    chosen: set[str] = set()
+    unmatched = []
+    for target in targets:
+        # The dot in front: `o_proj` must not match `my_o_proj`.
+        matches = [name for name in layers if f".{name}".endswith(f".{target}")]
+        chosen.update(matches)
+        if not matches:
+            unmatched.append(target)
+
+    # No model has all the known names, but each name that a user gives must exist.
+    if is_auto and chosen:
         unmatched = []
     if unmatched:
-        missing = "with a known name" if is_auto else f"named {unmatched[0]}"
+        missing = f"named {unmatched[0]}"
+        if is_auto:
+            missing = "with a known name"
         raise ModelError(
             f"tuning.bottleneck.targets={list(section.targets)}: the model has no linear layer "
             f"{missing}. It has {', '.join(linear_layers(model))}. Name some of them."
         )
 
-    chosen = {name for names in matches.values() for name in names}
-    # In the order of the model, so that the draws do not depend on the order of targets.
+    # The caller's random state stays. Layers come in the order of the model, so that the draws do
+    # not depend on the order of targets.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in layers.items():
             if name in chosen:
-                layer.add_module(NAME, Bottleneck(_output_width(layer), section, model.dtype))
+                adapter = Bottleneck(_output_width(layer), section, model.dtype)
+                layer.add_module(NAME, adapter)
                 layer.register_forward_hook(_run_bottleneck)
 
 
@@ -107,4 +121,6 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _output_width(layer: Any) -> int:
-    return int(layer.nf if hasattr(layer, "nf") else layer.out_features)
+    if hasattr(layer, "nf"):  # Conv1D
+        return int(layer.nf)
+    return int(layer.out_features)

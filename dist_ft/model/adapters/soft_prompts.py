@@ -60,6 +60,8 @@ class VirtualTokens(nn.Module):
         self.count = count
         self.config = config
         self.is_prefix = config.peft_type == "PREFIX_TUNING"
+
+        # A buffer, to move to the model's device; not saved, because it follows from `count`.
         self.numbers: torch.Tensor
         self.register_buffer("numbers", torch.arange(count), persistent=False)
 
@@ -84,7 +86,8 @@ class VirtualTokens(nn.Module):
 
     def embed(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Return `vectors` (B, T, H), replaced by virtual ones where `ids` (B, T) are negative."""
-        virtual_vectors = self()[(-1 - ids).clamp(min=0)].to(vectors.dtype)
+        # Id -1 is row 0. Real tokens look up row 0 too, and `where` discards it.
+        virtual_vectors = self()[(-1 - ids).clamp(min=0)].to(vectors.dtype)  # (B, T, H)
         return torch.where((ids < 0)[..., None], virtual_vectors, vectors)
 
     def prefix_cache(self, model: PreTrainedModel, batch_size: int) -> Any:
@@ -94,6 +97,7 @@ class VirtualTokens(nn.Module):
         config = self.config
         num_heads, num_layers = config.num_attention_heads, config.num_layers
         head_width = config.token_dim // num_heads
+
         vectors = self().to(model.dtype)
         vectors = vectors.view(self.count, 2 * num_layers, num_heads, head_width)
         states = vectors.permute(1, 2, 0, 3)[:, None]  # (2 layers, 1, heads, P, D)
@@ -119,6 +123,8 @@ def prepend_virtual_tokens(virtual: VirtualTokens | None, inputs: dict[str, Any]
         return inputs
     ids, mask = virtual.prepend(inputs["input_ids"], inputs["attention_mask"])
     result = inputs | {"input_ids": ids, "attention_mask": mask}
+
+    # Virtual tokens belong to the first text, whose type is 0.
     if "token_type_ids" in inputs:
         types = inputs["token_type_ids"]
         virtual_types = torch.zeros_like(types[:, :1]).expand(-1, virtual.count)
@@ -167,6 +173,7 @@ def add_virtual_tokens(
         if section.method == "prompt_tuning":
             weight: Any = encoder.embedding.weight  # type: ignore[union-attr]
             _initialize_prompt(weight, model, embedding, section, text_ids)
+
     attach_virtual_tokens(model, virtual)
 
 
@@ -174,6 +181,8 @@ def attach_virtual_tokens(model: PreTrainedModel, virtual: VirtualTokens) -> Non
     """Register `virtual` as a module of `model`, and the hooks that use it in each forward."""
     model.add_module(NAME, virtual)
     if virtual.is_prefix:
+        # On the base model, which computes masks and positions from the cache. Its inputs may come
+        # by position.
         names = list(inspect.signature(model.base_model.forward).parameters)
 
         def add_prefix(_module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -183,17 +192,20 @@ def attach_virtual_tokens(model: PreTrainedModel, virtual: VirtualTokens) -> Non
         model.base_model.register_forward_pre_hook(add_prefix, with_kwargs=True)
         return
 
+    # Two hooks around the embedding: it cannot look up a negative id, and the second hook needs the
+    # ids that the first one hides.
     current_ids: list[torch.Tensor] = []  # of the embedding's current call
 
     def hide_virtual_ids(_layer: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
         current_ids[:] = [args[0]]
         return (args[0].clamp(min=0), *args[1:])
 
+    def insert_virtual_vectors(_layer: nn.Module, _args: Any, vectors: torch.Tensor) -> Any:
+        return virtual.embed(current_ids.pop(), vectors)
+
     embedding = _input_embedding(model)
     embedding.register_forward_pre_hook(hide_virtual_ids)
-    embedding.register_forward_hook(
-        lambda _layer, _args, vectors: virtual.embed(current_ids.pop(), vectors)
-    )
+    embedding.register_forward_hook(insert_virtual_vectors)
 
 
 def peft_config(model: PreTrainedModel, section: TuningSection, task: TaskSection) -> Any:
@@ -243,12 +255,10 @@ def _prefix_shape(config: Any) -> dict[str, int]:
 
 def insert_virtual_tokens(batch: Batch, virtual_ids: Sequence[int]) -> Batch:
     """Return `batch` with `virtual_ids` before each sample that has targets, padded again."""
-    rows = [
-        _insert_into_row(tokens, targets, positions, np.array(virtual_ids))
-        for tokens, targets, positions in zip(
-            batch.input_ids, batch.target_ids, batch.position_ids, strict=True
-        )
-    ]
+    rows = []
+    arrays = (batch.input_ids, batch.target_ids, batch.position_ids)
+    for tokens, targets, positions in zip(*arrays, strict=True):
+        rows.append(_insert_into_row(tokens, targets, positions, np.array(virtual_ids)))
     length = max(len(row.tokens) for row in rows)
 
     input_ids, target_ids, position_ids = [], [], []
@@ -258,7 +268,9 @@ def insert_virtual_tokens(batch: Batch, virtual_ids: Sequence[int]) -> Batch:
         ignored = np.full(num_padding, IGNORE_INDEX, np.int64)
         input_ids.append(np.concatenate([row.tokens, zeros]))
         target_ids.append(np.concatenate([row.targets, ignored]))
+        # Positions that start at 0 make the padding a sample of its own.
         position_ids.append(np.concatenate([row.positions, np.arange(num_padding)]))
+
     return replace(
         batch,
         input_ids=np.stack(input_ids),
@@ -279,17 +291,20 @@ def _insert_into_row(
     tokens: np.ndarray, targets: np.ndarray, positions: np.ndarray, virtual_ids: np.ndarray
 ) -> _Row:
     """Return a row (T,) with virtual tokens before each sample that has targets."""
+    # A sample starts where positions do not continue those before. Padding has no targets.
     starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
     lengths = np.diff(np.concatenate([starts, [len(tokens)]]))
     has_targets = np.add.reduceat(targets != IGNORE_INDEX, starts) > 0  # by sample
     num_samples, num_virtual = has_targets.sum(), len(virtual_ids)
 
+    # `np.insert` takes places in the old row, so each is repeated for the tokens of one prompt.
     places = np.repeat(starts[has_targets], num_virtual)
     shifts = np.repeat(has_targets, lengths) * num_virtual  # (T,) of each token's position
+    virtual_positions = np.tile(np.arange(num_virtual), num_samples)
     return _Row(
         np.insert(tokens, places, np.tile(virtual_ids, num_samples)),
         np.insert(targets, places, IGNORE_INDEX),
-        np.insert(positions + shifts, places, np.tile(np.arange(num_virtual), num_samples)),
+        np.insert(positions + shifts, places, virtual_positions),
     )
 
 
@@ -321,6 +336,8 @@ def _initialize_prompt(
         token_ids = (list(text_ids) * count)[:count]  # repeated to the length of the prompt
     else:
         token_ids = torch.randint(config.vocab_size, (count,), device="cpu").tolist()
+
+    # Under ZeRO-3 no rank holds the whole embedding, so reading rows of it is a collective call.
     with gather_params_ctx(list(embedding.parameters())), torch.no_grad():
         weight.copy_(embedding.weight[torch.tensor(token_ids, device=embedding.weight.device)])
 
@@ -343,6 +360,8 @@ def _with_prefix(
     if model.config.is_encoder_decoder:
         mask_name = "decoder_attention_mask"
     mask = inputs.get(mask_name)
+
+    # In every step of a generation: its own mask never covers the prefix.
     if mask is not None:
         prefix_mask = torch.ones_like(mask[:, :1]).expand(-1, virtual.count)
         changes[mask_name] = torch.cat([prefix_mask, mask], 1)

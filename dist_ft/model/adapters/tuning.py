@@ -59,6 +59,7 @@ def apply_tuning(
         ModelError: the model has no target layer, a pattern matches no weight, or no weight would
             be trained.
     """
+    # Before layers are added: whatever is new afterwards is an added weight.
     own = set(_parameters(model))
     head: set[str] = set()
     if model_task(task).has_head:
@@ -68,8 +69,12 @@ def apply_tuning(
     if section.method == "full" and not section.frozen:
         return peft_model
 
-    trained = own if section.method == "full" else _added_weights(model, own)
+    trained = own
+    if section.method != "full":
+        trained = _added_weights(model, own)
     trained |= head
+
+    # Later steps win: a pattern of tuning.frozen also excludes what the others selected.
     if section.last_layers:
         trained |= _last_layers(model, section.last_layers)
     for pattern in section.trainable:
@@ -82,6 +87,7 @@ def apply_tuning(
             "tuning: no weight is trainable, because tuning.frozen matches all of them. Use fewer "
             "patterns in tuning.frozen."
         )
+
     for name, parameter in _parameters(model).items():
         parameter.requires_grad_(name in trained)
     return peft_model
@@ -96,17 +102,21 @@ def _add_layers(
     text_ids: Sequence[int],
 ) -> Any:
     """Add the weights of the tuning method; return the `PeftModel`, or None without one."""
+    # AdaLoRA is one of the mergeable methods: its schedule comes on top of its layers.
     peft_model: Any = None
     if section.method in MERGEABLE_METHODS:
         peft_model = _add_peft_layers(model, section, seed, task, head)
+
     if section.method == "adalora":
         from dist_ft.model.adapters import adalora
 
         adalora.add_rank_schedule(model, peft_model.base_model)
+
     if section.method in PROMPT_METHODS:
         from dist_ft.model.adapters import soft_prompts
 
         soft_prompts.add_virtual_tokens(model, section, seed, task, text_ids)
+
     if section.method == "bottleneck":
         from dist_ft.model.adapters import bottleneck
 
@@ -116,11 +126,12 @@ def _add_layers(
 
 def _added_weights(model: PreTrainedModel, own: set[str]) -> set[str]:
     """Return the names of trainable weights that are not in `own`, the model's own weights."""
-    return {
-        name
-        for name, parameter in _parameters(model).items()
-        if name_in_model_files(name) not in own and parameter.requires_grad
-    }
+    added = set()
+    for name, parameter in _parameters(model).items():
+        # peft also adds weights that are not trained, such as AdaLoRA's `ranknum`.
+        if name_in_model_files(name) not in own and parameter.requires_grad:
+            added.add(name)
+    return added
 
 
 def name_in_model_files(name: str) -> str:
@@ -135,6 +146,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
     """Merge all adapters into their base weights and unwrap the layers, in place."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    # A list, because the loop replaces modules.
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True)
@@ -155,7 +167,10 @@ def _add_peft_layers(
         warnings.simplefilter("ignore")
         torch.default_generator.manual_seed(seed)
         config = peft_config(section, task, head)
+        # By default peft creates adapters of a 16-bit model in float32. The engines hold float32
+        # masters for all trained weights anyway.
         peft_model = get_peft_model(model, config, autocast_adapter_dtype=False)
+
     _check_adapted_layers(model, section)
     return peft_model
 
@@ -163,12 +178,12 @@ def _add_peft_layers(
 def _check_adapted_layers(model: PreTrainedModel, section: TuningSection) -> None:
     """Raise ModelError for a target that matches no layer, or an adapter on a tied weight."""
     parameters = list(model.named_parameters(remove_duplicate=False))
-    adapted = {
-        name_in_model_files(name): parameter
-        for name, parameter in parameters
-        if name_in_model_files(name) != name
-    }
+    adapted = {}
+    for name, parameter in parameters:
+        if name_in_model_files(name) != name:
+            adapted[name_in_model_files(name)] = parameter
 
+    # To peft it is enough if one of several targets exists.
     layers = [name.rpartition(".")[0] for name in adapted]
     for target in target_layers(section):
         has_layer = any(f".{layer}".endswith(f".{target}") for layer in layers)
@@ -210,13 +225,18 @@ def peft_config(
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     task_type = model_task(task).adapter_type
-    excluded = sorted({name.rpartition(".")[0] for name in head}) or None
+    head_layers = {name.rpartition(".")[0] for name in head}
+    excluded = sorted(head_layers) or None
     common: dict[str, Any] = {"task_type": task_type, "exclude_modules": excluded}
     if section.method == "ia3":
         return IA3Config(**common)
 
+    # peft takes this name as a string only; in a list it would be the name of a layer.
     targets = target_layers(section)
-    common["target_modules"] = "all-linear" if targets == ("all-linear",) else list(targets)
+    common["target_modules"] = list(targets)
+    if targets == ("all-linear",):
+        common["target_modules"] = "all-linear"
+
     if section.method == "adalora":
         ada = section.adalora
         return AdaLoraConfig(
@@ -231,6 +251,7 @@ def peft_config(
             deltaT=ada.every_steps,
             orth_reg_weight=ada.orthogonality,
         )
+
     lora = section.lora
     return LoraConfig(
         **common,
@@ -269,11 +290,13 @@ def _match_weights(model: PreTrainedModel, pattern: str, field: str) -> set[str]
         ModelError: no weight matches the pattern, which is given in tuning.<field>.
     """
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    first_name_by_match = {
-        name: first_names[id(parameter)]
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if fnmatchcase(name_in_model_files(name), pattern)
-    }
+
+    # Against all names of a weight: a pattern may match a tied weight by its second name only.
+    first_name_by_match = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if fnmatchcase(name_in_model_files(name), pattern):
+            first_name_by_match[name] = first_names[id(parameter)]
+
     if not first_name_by_match:
         shown = ", ".join(_first_and_last(first_names.values()))
         raise ModelError(
@@ -311,6 +334,7 @@ def _last_layers(model: PreTrainedModel, num_layers: int) -> set[str]:
     first = len(layers) - num_layers
     last_prefixes = tuple(f"{prefix}.{index}." for index in range(first, len(layers)))
 
+    # By identity, because modules are found here and weights are selected by full names.
     after_layers = {id(parameter) for parameter in _final_norm(model, prefix).parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
@@ -328,12 +352,13 @@ def _final_norm(model: PreTrainedModel, layers_name: str) -> torch.nn.Module:
     from torch import nn
 
     parent = model.get_submodule(layers_name.rpartition(".")[0])
-    norms = {
-        name: module
-        for name, module in parent.named_children()
-        if "norm" in type(module).__name__.lower()
-    }
-    if len(norms) > 1:  # for example, also a norm of the embeddings
+    norms = {}
+    for name, module in parent.named_children():
+        if "norm" in type(module).__name__.lower():
+            norms[name] = module
+
+    # Some models have others there, for example a norm of the embeddings.
+    if len(norms) > 1:
         norms = {name: norm for name, norm in norms.items() if name in FINAL_NORMS}
         if len(norms) != 1:
             raise ModelError(

@@ -86,6 +86,8 @@ def fetch_model(
     local = filesystem.local_path(path)
     if os.path.isdir(local):
         return local
+
+    # A hub name is org/name; anything else must be a folder and is not looked up on the hub.
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
             f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of "
@@ -101,7 +103,8 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
         marker = _read_marker(folder / MARKER)
         intact = _intact_files(folder, marker.get("files", {}))
         has_weights = bool(marker.get("weights"))
-        if intact and len(intact) == len(marker["files"]) and (has_weights or not weights):
+        is_intact = bool(intact) and len(intact) == len(marker["files"])
+        if is_intact and (has_weights or not weights):
             return str(folder)
 
         store = filesystem.Store(url)
@@ -113,6 +116,7 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
                     "save_pretrained wrote (config.json, *.safetensors, tokenizer files)."
                 )
             )
+
         # What was downloaded before with weights stays complete.
         weights = weights or has_weights
         needed = {name: info for name, info in remote.items() if is_model_file(name, weights)}
@@ -123,6 +127,7 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
             else:
                 missing[name] = info
 
+        # The marker comes last: after a crash the files are not known, and are downloaded again.
         files |= _download(store, folder, missing)
         _write_marker(folder / MARKER, {"weights": weights, "files": files})
     return str(folder)
@@ -130,7 +135,9 @@ def _from_bucket(url: str, cache: Path, weights: bool) -> str:
 
 def is_model_file(name: str, weights: bool) -> bool:
     """Whether a file of a model's folder is downloaded; pickles never are."""
-    patterns = (*CONFIG_PATTERNS, WEIGHTS_PATTERN) if weights else CONFIG_PATTERNS
+    patterns: tuple[str, ...] = CONFIG_PATTERNS
+    if weights:
+        patterns = (*patterns, WEIGHTS_PATTERN)
     return any(Path(name).match(pattern) for pattern in patterns)
 
 
@@ -138,8 +145,10 @@ def _download(
     store: filesystem.Store, folder: Path, files: Mapping[str, filesystem.FileInfo]
 ) -> dict[str, _FileRecord]:
     """Copy files, compare them with the store's info, and return their records."""
-    records, pending = {}, dict(files)
+    records = {}
+    pending = dict(files)
     for _ in range(MAX_ATTEMPTS):
+        # A second download repairs damage on the way, not damage in the store.
         store.download(str(folder), pending.__contains__)
         for name, info in list(pending.items()):
             if _matches(folder / name, info):
@@ -160,9 +169,12 @@ def _matches(path: Path, info: filesystem.FileInfo) -> bool:
     """Whether a file has the store's length, and its MD5 if the store's version is one."""
     if not path.is_file() or path.stat().st_size != info["size"]:
         return False
+
     # S3: of an object that was uploaded in one part and is not encrypted by KMS.
     md5 = _MD5.match(str(info["version"]))
-    return md5 is None or _digest(path, hashlib.md5(usedforsecurity=False)) == md5[1]
+    if md5 is None:
+        return True
+    return _digest(path, hashlib.md5(usedforsecurity=False)) == md5[1]
 
 
 def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> str:
@@ -174,8 +186,10 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
 
     marker_folder = cache / f"hub-{_hash(f'{name}@{revision}')}"
     with _locked(marker_folder):
+        # The hub's own cache knows neither damage nor which files were requested before.
         marker = _read_marker(marker_folder / MARKER)
-        files, folder = marker.get("files", {}), Path(marker.get("folder", ""))
+        files = marker.get("files", {})
+        folder = Path(marker.get("folder", ""))
         intact = _intact_files(folder, files)
 
         is_damaged = bool(files) and len(intact) < len(files)
@@ -186,13 +200,17 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
             return str(folder)
 
         weights = weights or has_weights
+        patterns = list(CONFIG_PATTERNS)
+        if weights:
+            patterns.append(WEIGHTS_PATTERN)
         try:
+            # Forced, because otherwise the hub's cache takes a damaged file for a complete one.
             folder = Path(
                 snapshot_download(
                     name,
                     revision=revision,
                     force_download=is_damaged,
-                    allow_patterns=[*CONFIG_PATTERNS, *([WEIGHTS_PATTERN] if weights else [])],
+                    allow_patterns=patterns,
                 )
             )
         except Exception as error:
@@ -204,13 +222,16 @@ def _from_hub(name: str, revision: str | None, cache: Path, weights: bool) -> st
                 )
             ) from error
 
+        # A branch that moved has a new folder; only records of the same one spare a checksum.
         is_same_folder = str(folder) == marker.get("folder")
         records: dict[str, _FileRecord] = {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 relative = path.relative_to(folder).as_posix()
-                is_known = relative in intact and is_same_folder
-                records[relative] = intact[relative] if is_known else _record(path)
+                if relative in intact and is_same_folder:
+                    records[relative] = intact[relative]
+                else:
+                    records[relative] = _record(path)
         _write_marker(
             marker_folder / MARKER,
             {"weights": weights, "folder": str(folder), "at": time.time(), "files": records},
@@ -226,6 +247,8 @@ def _intact_files(folder: Path, files: Mapping[str, _FileRecord]) -> dict[str, _
         if not path.is_file() or path.stat().st_size != record["num_bytes"]:
             log.warning("%s: not the downloaded file; downloading it again", path)
             continue
+
+        # The checksum of a large model takes minutes, so the time decides if it is unchanged.
         if path.stat().st_mtime_ns != record["mtime_ns"]:
             # It was touched; only its content decides.
             checksum = _record(path)["xxh3"]
@@ -237,6 +260,7 @@ def _intact_files(folder: Path, files: Mapping[str, _FileRecord]) -> dict[str, _
                     record["xxh3"],
                 )
                 continue
+
         intact[name] = record
     return intact
 

@@ -31,7 +31,10 @@ def own_labels(folder: str, task: TaskSection) -> tuple[str, ...]:
     config = AutoConfig.from_pretrained(folder)
     if not heads.has_head(config, task):
         return ()
-    return tuple(label for _, label in sorted((config.id2label or {}).items()))
+
+    # By number, because config.json may list labels in any order.
+    id2label = config.id2label or {}
+    return tuple(id2label[number] for number in sorted(id2label))
 
 
 def grown_labels(own: Sequence[str], labels: Sequence[str], named: bool) -> tuple[str, ...]:
@@ -45,6 +48,7 @@ def grown_labels(own: Sequence[str], labels: Sequence[str], named: bool) -> tupl
     Raises:
         ModelError: `labels` are named, and lack one of the head's.
     """
+    # Labels found in the data may lack some of the head's: data of new classes only is fine.
     lost = [label for label in own if label not in labels]
     if named and lost:
         raise ModelError(
@@ -52,7 +56,9 @@ def grown_labels(own: Sequence[str], labels: Sequence[str], named: bool) -> tupl
             "grows keeps all its labels (task.grow_head). Add the label, or leave task.labels "
             "empty."
         )
-    return (*own, *(label for label in labels if label not in own))
+
+    new = [label for label in labels if label not in own]
+    return (*own, *new)
 
 
 def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
@@ -76,13 +82,18 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     if not own or own == task.labels:
         return folder
 
-    files = sorted(
-        (item.name, item.stat().st_size, item.stat().st_mtime_ns) for item in Path(folder).iterdir()
-    )
+    files = []
+    for item in Path(folder).iterdir():
+        stat = item.stat()
+        files.append((item.name, stat.st_size, stat.st_mtime_ns))
+    files.sort()
+
     # The name of the result follows from everything it depends on.
     key = json.dumps([str(Path(folder).absolute()), files, task.name, task.labels, seed])
     target = cache / f"grown-{xxhash.xxh3_128_hexdigest(key.encode())}"
     cache.mkdir(parents=True, exist_ok=True)
+
+    # All workers of a node need the folder at the same time; one of them writes it.
     with FileLock(f"{target}.lock"):
         if not target.exists():
             # Renamed when complete, so that a crash leaves no partial folder.
@@ -105,9 +116,12 @@ def _grow_in_place(folder: Path, task: TaskSection, own: Sequence[str], seed: in
     heads.set_labels(config, task.model_copy(update={"new_head": True}), str(folder))
     std = heads.init_std(config)
     new_labels = task.labels[len(own) :]
+
+    # Only the files that hold a weight of the head are written again.
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            names, metadata = set(file.keys()) & missing, file.metadata()
+            names = set(file.keys()) & missing
+            metadata = file.metadata()  # the format "pt", which some readers require
             if not names:
                 continue
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -133,12 +147,19 @@ def _weights_with_row_per_label(config: Any, task: TaskSection, own: Sequence[st
     """
     shapes = _weight_shapes(config, task, own)
     larger_shapes = _weight_shapes(config, task, (*own, " 0"))
+
     changed = {name for name, shape in shapes.items() if larger_shapes[name] != shape}
-    odd = [
-        name for name in changed if larger_shapes[name] != (shapes[name][0] + 1, *shapes[name][1:])
-    ]
+    odd = []
+    for name in changed:
+        num_rows, *others = shapes[name]
+        if larger_shapes[name] != (num_rows + 1, *others):
+            odd.append(name)
+
+    # Where another dimension than the first grows, a new row would not do.
     if odd or not changed:
-        which = f" ({odd[0]})" if odd else ""
+        which = ""
+        if odd:
+            which = f" ({odd[0]})"
         raise ModelError(
             f"task.grow_head: the head of a {config.model_type} model does not have a row for each "
             f"label{which}. Only heads that do can grow. Use task.new_head=true."
@@ -157,6 +178,8 @@ def _weight_shapes(
     labeled_config = copy.deepcopy(config)
     labeled_task = task.model_copy(update={"labels": tuple(labels), "new_head": True})
     heads.set_labels(labeled_config, labeled_task, "")
+
+    # On the meta device, a model has shapes and takes no memory.
     with torch.device("meta"):
         model = heads.auto_class(task).from_config(labeled_config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -170,7 +193,11 @@ def _with_new_rows(
 
     new_rows = []
     for label in labels:
-        key = f"{name} {label}" if rows.dim() > 1 else name
+        # Seeded by label, so that a row does not depend on which other labels are new. Values of a
+        # bias are constant, but follow from the end of the name.
+        key = name
+        if rows.dim() > 1:
+            key = f"{name} {label}"
         row = heads.initial_values(key, (1, *rows.shape[1:]), std, seed)
         new_rows.append(row.to(rows.dtype))
     return torch.cat([rows, *new_rows]).contiguous()

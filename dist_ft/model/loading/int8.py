@@ -51,18 +51,25 @@ def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
 
     config = AutoConfig.from_pretrained(source)
-    model_class, kwargs = heads.auto_class(task), extra_model_kwargs(config, task)
+    model_class = heads.auto_class(task)
+    kwargs = extra_model_kwargs(config, task)
+
+    # transformers leaves embeddings and the output layer out by itself.
     dtype = config.dtype or torch.float32
     quantization = TorchAoConfig(Int8WeightOnlyConfig())
     model: Any = model_class.from_pretrained(
         source, dtype=dtype, quantization_config=quantization, **kwargs
     ).eval()
     model.save_pretrained(target)
+
+    # The rest of the folder, such as the tokenizer, but not what `save_pretrained` has just
+    # written, and not the weights before quantization.
     for item in source.iterdir():
         is_weights = item.name.startswith("model")
         if item.is_file() and not is_weights and not (target / item.name).exists():
             shutil.copy2(item, target)
 
+    # Against the quantized model, not the source: rounding changes the logits, writing must not.
     loaded: Any = model_class.from_pretrained(target, dtype=dtype, **kwargs).eval()
     expected, outputs = probe_outputs(model), probe_outputs(loaded)
     if (expected - outputs).abs().max() > MAX_RELATIVE_DIFFERENCE * expected.abs().max():

@@ -49,6 +49,7 @@ def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
     except DistFtError:
         raise
     except Exception as error:
+        # transformers has no types for these errors; only their text differs.
         message = str(error)
         first_line = message.strip().split("\n")[0]
         hint = "Check that the folder holds what save_pretrained writes."
@@ -61,6 +62,7 @@ def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
             hint = "Set model.attention=sdpa."
         elif "attn_implementation" in message:
             hint = "Set model.attention=eager."
+
         raise ModelError(
             redact(
                 f"model.path={section.path}: cannot load the {what} "
@@ -103,7 +105,9 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
         if is_dropout and isinstance(value, int | float):
             # transformers refuses 0.0 where it declares an int.
             converted = type(value)(probability)
-            setattr(config, name, converted if converted == probability else probability)
+            if converted != probability:
+                converted = probability
+            setattr(config, name, converted)
         elif hasattr(value, "to_diff_dict"):
             set_dropout(value, probability)
 
@@ -132,6 +136,8 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
                 f"model.chat_template={section.chat_template}: cannot read it ({error.strerror}). "
                 "Give a file with a Jinja template."
             ) from error
+
+    # Slow tokenizers do not report which characters a token covers.
     if not tokenizer.is_fast:
         raise ModelError(
             f"model.path={section.path}: its tokenizer has no fast version (tokenizer.json), which "
@@ -160,11 +166,14 @@ def load_task_model(
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # we report the weights ourselves, in one line
+
     folder = fetch_model(section.path, section.revision, cache_dir)
     info = adapter_files.read_adapter_info(folder)
     if info is not None:
         return _load_with_adapter(task, section, cache_dir, info, folder)
 
+    # A head of another shape may be one that a new head replaces, so transformers must not raise an
+    # error. Every problem is in the report, which is checked below.
     config = read_config(section, cache_dir, task)
     with _loading_errors(section, "weights"):
         result: Any = heads.auto_class(task).from_pretrained(
@@ -184,14 +193,12 @@ def load_task_model(
     # Weights of a new head may be missing; all others are an error.
     first_names = _first_names(model)
     new_weights = _new_weights(model, task, report, first_names)
-    unexplained = {
-        kind: [
-            item
-            for item in report.get(kind) or ()
-            if first_names.get(_name(item)) not in new_weights
-        ]
-        for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys")
-    }
+    unexplained: dict[str, list[Any]] = {}
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs", "unexpected_keys"):
+        unexplained[kind] = []
+        for item in report.get(kind) or ():
+            if first_names.get(_name(item)) not in new_weights:
+                unexplained[kind].append(item)
     check_loading_report(section.path, unexplained)
     if new_weights:
         log.info("new weights, initialized by run.seed: %s", ", ".join(sorted(new_weights)))
@@ -206,6 +213,7 @@ def _load_with_adapter(
     folder: str,
 ) -> LoadedModel:
     """Return the base model of an adapter's folder, with the adapter in it."""
+    # The base model may have a head for other labels, which the adapter's head replaces.
     base = section.model_copy(update=info["base"])
     base_task = task.model_copy(update={"new_head": model_task(task).has_labels})
     model, new_weights = load_task_model(base_task, base, cache_dir)
@@ -226,18 +234,19 @@ def _new_weights(
     model: PreTrainedModel, task: TaskSection, report: dict[str, Any], first_names: dict[str, str]
 ) -> frozenset[str]:
     """Return the head's weights that the files do not hold, or that a new head replaces."""
-    absent = {
-        _name(item)
-        for kind in ("missing_keys", "mismatched_keys")
-        for item in report.get(kind) or ()
-    }
+    absent = set()
+    for kind in ("missing_keys", "mismatched_keys"):
+        for item in report.get(kind) or ():
+            absent.add(_name(item))
 
-    replaced: set[str] = set()
+    # With `new_head` the whole head is new, whether or not the files hold one.
+    replaced = set()
     if task.new_head:
-        replaced = {
-            name for name in first_names.values() if heads.is_outside_base_model(name, model)
-        }
+        for name in first_names.values():
+            if heads.is_outside_base_model(name, model):
+                replaced.add(name)
 
+    # Both names must be a head's: a weight that is tied to the base model is not new.
     new_weights = set()
     for name in (absent | replaced) & first_names.keys():
         first_name = first_names[name]
@@ -248,7 +257,9 @@ def _new_weights(
 
 def _name(item: Any) -> str:
     """Return the weight's name in an item of transformers' report."""
-    return str(item[0] if isinstance(item, tuple) else item)
+    if isinstance(item, tuple):
+        return str(item[0])
+    return str(item)
 
 
 def extra_model_kwargs(config: PretrainedConfig, task: TaskSection) -> dict[str, Any]:
@@ -300,11 +311,12 @@ def model_from_config(
     """Return a model for `task` with arbitrary weights."""
     from transformers.initialization import no_init_weights
 
+    # Every value is overwritten later, and drawing billions of them takes minutes.
     with no_init_weights():
         model = heads.auto_class(task).from_config(
             config, dtype=dtype, **kwargs, **extra_model_kwargs(config, task)
         )
-    model.tie_weights()
+    model.tie_weights()  # skipped together with the initialization
     return model
 
 
@@ -312,18 +324,20 @@ def probe_outputs(model: Any) -> Any:
     """Return, flat, all floating-point outputs of a model for 24 token ids."""
     import torch
 
-    tokens = (torch.arange(24) * 7919 + 11)[None] % model.config.get_text_config().vocab_size
-    kwargs = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = (torch.arange(24) * 7919 + 11)[None] % vocab_size  # (1, 24)
+    kwargs = {}
+    if model.config.is_encoder_decoder:
+        kwargs["decoder_input_ids"] = tokens
     with torch.no_grad():
         outputs = model(input_ids=tokens, **kwargs)
 
-    return torch.cat(
-        [
-            value.float().flatten()
-            for value in outputs.values()
-            if torch.is_tensor(value) and value.is_floating_point()
-        ]
-    )
+    # The cache is an output too, but not a tensor.
+    tensors = []
+    for value in outputs.values():
+        if torch.is_tensor(value) and value.is_floating_point():
+            tensors.append(value.float().flatten())
+    return torch.cat(tensors)
 
 
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
@@ -332,7 +346,9 @@ def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
         for parameter in model.parameters():
             is_integer = hasattr(parameter, "qdata")  # integers have no gradient
             parameter.requires_grad_(not is_integer)
+
     if section.activation_checkpointing:
+        # The reentrant variant needs inputs with gradients, which frozen embeddings do not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

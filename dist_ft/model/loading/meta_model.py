@@ -3,6 +3,8 @@
 Its structure follows from its config.json alone. Guarantees: no weights are read or downloaded,
 whether the model is in a folder, a bucket or the hub. Does not run code that comes with a model
 unless the config allows it.
+
+Dimensions: B rows of a batch, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -52,10 +54,15 @@ def build_meta_model(
         with_local_config(config.model, file) as section,
         torch.device("meta"),
     ):
+        # torch warns about operations that have no effect on the meta device.
         warnings.simplefilter("ignore")
         model = build_uninitialized_model(section, None, task)
-        text_ids = range(config.tuning.prompt.tokens) if config.tuning.prompt.text else ()
-        tuning.apply_tuning(model, config.tuning, config.run.seed, task, list(text_ids))
+
+        # No tokenizer is loaded, and only the number of virtual tokens matters for shapes.
+        text_ids: list[int] = []
+        if config.tuning.prompt.text:
+            text_ids = list(range(config.tuning.prompt.tokens))
+        tuning.apply_tuning(model, config.tuning, config.run.seed, task, text_ids)
     return model
 
 
@@ -66,12 +73,18 @@ def with_local_config(section: ModelSection, file: str | None = None) -> Iterato
     Its attention is one that needs no package. Errors name the original path.
     """
     with tempfile.TemporaryDirectory(prefix="dist_ft-outline-") as folder:
-        found = _find_config(section, folder) if file is None else _config_in(file)
-        shown_path = section.path if file is None else file
+        if file is None:
+            found, shown_path = _find_config(section, folder), section.path
+        else:
+            found, shown_path = _config_in(file), file
         _check_json(found, shown_path)
+
+        # A folder with config.json alone: what reads it cannot find weights to load.
         if not os.path.samefile(os.path.dirname(found) or ".", folder):
             shutil.copy(found, os.path.join(folder, CONFIG))
 
+        # transformers refuses flash attention where its package is missing, as on most machines
+        # that only plan. `memory_trace` counts the same bytes for both.
         changes: dict[str, Any] = {"path": folder, "revision": None}
         if section.attention.startswith("flash"):
             changes["attention"] = "sdpa"
@@ -83,7 +96,9 @@ def with_local_config(section: ModelSection, file: str | None = None) -> Iterato
 
 def _config_in(path: str) -> str:
     """Return the config.json that --model-config names, itself or by its folder."""
-    file = os.path.join(path, CONFIG) if os.path.isdir(path) else path
+    file = path
+    if os.path.isdir(path):
+        file = os.path.join(path, CONFIG)
     if not os.path.isfile(file):
         raise ModelError(
             f"--model-config={path}: the file does not exist. Give a model's config.json, or a "
@@ -97,6 +112,7 @@ def _find_config(section: ModelSection, folder: str) -> str:
     path = section.path
     if not filesystem.is_local(path):
         return _from_bucket(path, folder)
+
     local = filesystem.local_path(path)
     if os.path.isdir(local):
         file = os.path.join(local, CONFIG)
@@ -106,6 +122,8 @@ def _find_config(section: ModelSection, folder: str) -> str:
                 "weights). Give its folder, or --model-config FILE."
             )
         return file
+
+    # A hub name is org/name; anything else must be a folder and is not looked up on the hub.
     if path.startswith((".", "/", "~", "file:")) or path.count("/") != 1:
         raise ModelError(
             f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of "
@@ -124,6 +142,7 @@ def _from_bucket(url: str, folder: str) -> str:
                 "no more than that file. Give --model-config FILE."
             )
         ) from error
+
     path = os.path.join(folder, CONFIG)
     with open(path, "wb") as file:
         file.write(content)
@@ -175,7 +194,7 @@ class BareModel(TrainableModel):
         """Return the token ids of `batch`, for both sides of an encoder-decoder."""
         import torch
 
-        ids = torch.from_numpy(batch.input_ids).to(device)
+        ids = torch.from_numpy(batch.input_ids).to(device)  # (B, T)
         inputs = {"input_ids": ids}
         if self.model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
@@ -185,6 +204,7 @@ class BareModel(TrainableModel):
         """Return one number computed from all outputs."""
         import torch
 
+        # As losses do: a float32 copy of the logits and its softmax, which backward needs.
         outputs = self.model(**inputs)
         main = outputs.get("logits", outputs[0])
         return torch.log_softmax(main.float(), -1).sum()

@@ -30,6 +30,8 @@ def replaced_head_key_mapping(
     model_classes = heads.auto_class(task)._model_mapping
     if not model_task(task).has_head or type(config) not in model_classes:
         return None
+
+    # A few models have several classes for a task; the first is the usual one.
     model_class: Any = model_classes[type(config)]
     if isinstance(model_class, tuple | list):
         model_class = model_class[0]
@@ -57,6 +59,7 @@ def tensor_shapes(folder: str) -> dict[str, list[int]]:
     """Return the shape of each tensor in the safetensors of a model's folder."""
     from safetensors import safe_open
 
+    # From the headers of the files: no weights are read.
     shapes = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

@@ -45,10 +45,12 @@ class _HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
     ) -> torch.Tensor:
+        # Without gradients (evaluation, a frozen output layer) their products are not computed.
         needs_hidden_grad, needs_weight_grad, *_ = ctx.needs_input_grad
         chunk_size = max(1, CHUNK_BYTES // (4 * len(weight)))
         is_target = targets != IGNORE_INDEX
         valid_targets = torch.where(is_target, targets, 0)[:, None]  # (N, 1)
+
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden_grad else None
         grad_weight: torch.Tensor | None = None
@@ -56,7 +58,8 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = (hidden[chunk] @ weight.t()).float()  # (C, V)
-            target_logits, largest = logits.gather(1, valid_targets[chunk])[:, 0], logits.amax(1)
+            target_logits = logits.gather(1, valid_targets[chunk])[:, 0]  # (C,)
+            largest = logits.amax(1)  # (C,)
             if smoothing:
                 target_logits = torch.lerp(target_logits, logits.mean(1), smoothing)
 
@@ -73,25 +76,30 @@ class _HeadLoss(torch.autograd.Function):
             if not (needs_hidden_grad or needs_weight_grad):
                 continue
 
-            # The gradient of the logits, (C, V), in the memory of the probabilities.
+            # The gradient of the logits, (C, V): the probabilities, in their memory, minus the
+            # target distribution.
             probabilities.scatter_add_(
                 1, valid_targets[chunk], torch.full_like(probabilities[:, :1], smoothing - 1.0)
             )
             if smoothing:
                 probabilities -= smoothing / len(weight)
-            grad_logits, mask = probabilities.to(weight.dtype), is_target[chunk, None]
+            grad_logits = probabilities.to(weight.dtype)
 
+            # Masking (C, H) costs less than masking (C, V).
+            mask = is_target[chunk, None]  # (C, 1)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
                 grad_hidden[chunk].mul_(mask)
             if needs_weight_grad:
+                # The masked copy has no name, so it is freed before the next chunk's logits exist.
+                has_more_chunks = chunk_size < len(hidden)
                 grad_weight = _add_product(
-                    grad_weight, grad_logits, hidden[chunk] * mask, chunk_size < len(hidden)
+                    grad_weight, grad_logits, hidden[chunk] * mask, has_more_chunks
                 )
 
-        ctx.save_for_backward(
-            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
-        )
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
@@ -100,6 +108,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
+
+        # In place: these tensors are used once, and the gradient of a large output layer is large.
         if grad_hidden is not None:
             grad_hidden = grad_hidden.mul_(scale.to(grad_hidden.dtype))
         if grad_weight is not None:
@@ -117,6 +127,8 @@ def _add_product(
     if total is None:
         product = grad_logits.t() @ hidden
         return product.float() if has_more_chunks else product
+
+    # `addmm_` needs one dtype. A 16-bit product is computed first, then added in float32.
     if grad_logits.dtype == torch.float32:
         return total.addmm_(grad_logits.t(), hidden)
     return total.add_(grad_logits.t() @ hidden)

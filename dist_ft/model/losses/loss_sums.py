@@ -40,11 +40,16 @@ def cross_entropy(
         reduction="none",
         label_smoothing=smoothing,
     )
+
+    # `IGNORE_INDEX` is negative and cannot be looked up; the loss of its rows is zero already.
     valid_targets = targets.clamp(min=0)
+
     if gamma:
         probabilities = torch.softmax(logits.float(), -1)
         target_probabilities = probabilities.gather(-1, valid_targets[:, None])[:, 0]
         losses = losses * (1 - target_probabilities).clamp(min=MIN_FOCAL_BASE) ** gamma
+
+    # torch's own `weight` would also scale the smoothed part by the weights of other labels.
     if weights is not None:
         losses = losses * weights[valid_targets]
     return losses.sum()
@@ -65,8 +70,9 @@ def binary_cross_entropy(
         logits.float(), targets.float(), reduction="none"
     )
     if gamma:
-        # exp(-loss) is the probability of the target.
+        # exp(-loss) is the probability of the target; expm1 is exact where that is close to 1.
         losses = losses * (-torch.expm1(-losses)).clamp(min=MIN_FOCAL_BASE) ** gamma
+
     return (losses.mean(-1) * row_weights).sum()
 
 
@@ -89,11 +95,13 @@ def contrastive(
         is_counted: (N,), 0 for rows whose own loss is ignored.
         temperature: divides the cosines.
     """
-    cosines = (
-        functional.normalize(first.float(), dim=-1)
-        @ functional.normalize(second.float(), dim=-1).T
-        / temperature
-    )  # (N, N)
+    first = functional.normalize(first.float(), dim=-1)
+    second = functional.normalize(second.float(), dim=-1)
+    cosines = first @ second.T / temperature  # (N, N)
+
+    # Row i must choose column i; the other columns are its negative examples.
     own_rows = torch.arange(len(first), device=first.device)
     targets = torch.where(is_counted.bool(), own_rows, IGNORE_INDEX)
+
+    # The mean of both directions, so that each pair counts once.
     return (cross_entropy(cosines, targets) + cross_entropy(cosines.T, targets)) / 2

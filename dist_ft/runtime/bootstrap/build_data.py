@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import DataSection, ModelSection, RunConfig, Source
@@ -30,7 +31,7 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import make_task
 
 FOLDER = "data"
-"""Folder of a run with its indexes and what was found in its data."""
+"""Folder of a run for its indexes, labels, few-shot templates and synonyms."""
 TRAINING_FIELD = "data.train"
 
 
@@ -71,6 +72,7 @@ def build_loaders(
     Every rank gets the same index or the same error.
     """
     training = build_training_loader(run, store, world, collectives)
+
     evaluation = None
     if run.config.evaluation.data:
         evaluation = build_held_out_loader(
@@ -98,10 +100,12 @@ def build_held_out_loader(
 
     A collective call.
     """
+    # Names and weights belong to a mixture; held-out data is read once, from start to end.
     plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in sources)
     data = _Input(
         "evaluation.data", _in_order(run.config, plain), run.config.evaluation.max_samples
     )
+
     return _build_loader(run, data, store, world, collectives)
 
 
@@ -111,6 +115,7 @@ def build_anchor_loader(
     """Return the loader over tuning.anchor.data; a collective call. The caller closes its store."""
     anchor = run.config.tuning.anchor
     data = _Input("tuning.anchor.data", _in_order(run.config, anchor.data), anchor.max_samples)
+
     return _build_loader(run, data, store, world, collectives)
 
 
@@ -121,9 +126,12 @@ def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) 
     """
     section = config.data.model_copy(update={"block_mib": block_mib})
     tokenizer = load_tokenizer(model, section.cache_dir)
+
+    # A tool runs in one process, however many workers the run has.
     shards_by_source = discover_shards(section.train)
     blocks = index_builder.split_into_blocks(shards_by_source, section, World(), Collectives())
-    shards = [shard for shards in shards_by_source for shard in shards]
+    shards = list(chain.from_iterable(shards_by_source))
+
     return _block_store(config, section, Encoder(tokenizer, section), shards, blocks)
 
 
@@ -141,10 +149,15 @@ def _block_store(
     shards: Sequence[Shard],
     blocks: Sequence[Block],
 ) -> BlockStore:
-    limit_bytes, processes = section.cache_gib * 2**30, section.tokenizer_processes
+    limit_bytes = section.cache_gib * 2**30
     pool = None
-    if processes:
-        pool = TokenizerPool(processes, encoder, limit_bytes, config.storage.options)
+    if section.tokenizer_processes:
+        # The pool's processes open storage themselves, so they need its options.
+        pool = TokenizerPool(
+            section.tokenizer_processes, encoder, limit_bytes, config.storage.options
+        )
+
+    # All runs of a node share this cache: its file names are hashes of everything in them.
     folder = cache_folder(config.data.cache_dir) / "tokens"
     return BlockStore(folder, encoder, shards, blocks, pool, limit_bytes)
 
@@ -153,23 +166,27 @@ def _build_loader(
     run: ResolvedRun, data: _Input, store: Store, world: World, collectives: Collectives
 ) -> Loader:
     """Return the loader of `data`, with the run's stored index if it has one."""
-    config, section, length = run.config, data.section, run.config.batch.sequence_length
+    config, section = run.config, data.section
+    length = config.batch.sequence_length
     encoder = make_encoder(run.tokenizer, section, run.task, length, run.prompting)
+
+    # One rank lists and all use its listing, so that no two ranks see different shards.
     shards_by_source = on_rank0(
         world, collectives, lambda: discover_shards(section.train, data.field)
     )
-    shards = tuple(shard for shards in shards_by_source for shard in shards)
+    shards = tuple(chain.from_iterable(shards_by_source))
 
     name = f"{FOLDER}/{data.field}"
     index = on_rank0(world, collectives, lambda: index_file.load(store, name))
-    if (
-        index is not None
-        and data.field != TRAINING_FIELD
-        and not _is_current(index, shards, encoder, data, length)
-    ):
-        index = None  # held-out data may change over a run; for training data it is an error below
+
+    # Held-out data may change over a run: its index is built again. Training data may not, because
+    # the steps done so far would be those of other samples: it is refused below.
+    may_change = data.field != TRAINING_FIELD
+    if index is not None and may_change and not _is_current(index, shards, encoder, data, length):
+        index = None
 
     if index is not None:
+        # Shards first: the blocks of the index are ranges of the shards it was built from.
         index.verify_unchanged(shards, data.field)
         blocks = _block_store(config, section, encoder, shards, index.blocks)
         index.verify_recipe(index_recipe(blocks.fingerprint, section, length, data.max_samples))
@@ -179,29 +196,53 @@ def _build_loader(
         built = index_builder.build_index(
             shards_by_source, blocks, section, length, world, collectives, data.max_samples
         )
+
+        # Check, then store: a stored index is not checked again by later starts.
         check_index(built, section, length)
         on_rank0(world, collectives, lambda: index_file.save(built, store, name))
         index = built
 
-    blocks.checksums = [measure.checksum for measure in index.block_stats]
+    # From here on a block whose tokens differ from the indexed ones is refused.
+    blocks.checksums = [stats.checksum for stats in index.block_stats]
+
     plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
     masking = None
     if make_task(run.task).masks_tokens:
         masking = Masking.from_task(run.tokenizer, run.task, config.run.seed)
-    augmentation = None
-    if data.field == TRAINING_FIELD and section.augment != type(section.augment)():
-        synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
-        augmentation = Augmentation.from_config(
-            run.tokenizer, section.augment, run.task, length, config.run.seed, synonyms
-        )
+    augmentation = _build_augmentation(run, data, store, world, collectives)
+
     return Loader(plan, index, blocks, section.prefetch_steps, masking, augmentation)
+
+
+def _build_augmentation(
+    run: ResolvedRun, data: _Input, store: Store, world: World, collectives: Collectives
+) -> Augmentation | None:
+    """Return the augmentation of `data`, None without any; a collective call."""
+    # Held-out samples stay as they are: their losses must be comparable over a run.
+    section = data.section
+    is_default = section.augment == type(section.augment)()
+    if data.field != TRAINING_FIELD or is_default:
+        return None
+
+    synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
+    return Augmentation.from_config(
+        run.tokenizer,
+        section.augment,
+        run.task,
+        run.config.batch.sequence_length,
+        run.config.run.seed,
+        synonyms,
+    )
 
 
 def _synonyms(section: DataSection, store: Store) -> str:
     """Return the text of the synonym file as it was when the run started (rank 0 only)."""
-    path, stored = section.augment.synonyms, f"{FOLDER}/synonyms.tsv"
+    path = section.augment.synonyms
     if path is None:
         return ""
+
+    # A copy: a file that is edited later must not change the samples of a resumed run.
+    stored = f"{FOLDER}/synonyms.tsv"
     if not store.exists(stored):
         store.write(stored, read_synonym_file(path).encode())
     return store.read(stored).decode()
@@ -213,5 +254,7 @@ def _is_current(
     """Return whether a stored index is of these shards, read in this way."""
     from dist_ft.data.blocks.token_cache import compute_fingerprint
 
+    # The block store has the same fingerprint, but none is built yet: it needs the blocks.
     recipe = index_recipe(compute_fingerprint(encoder), data.section, length, data.max_samples)
+
     return index.shards == shards and index.recipe == recipe

@@ -56,6 +56,7 @@ def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
     depth_scale = schedule.uses_depth_scale(config.tuning)
 
     engine: Engine
+    # `cluster.workers` 0 means one process with plain PyTorch, which needs no DeepSpeed.
     if config.max_workers == 0:
         from dist_ft.engine.torch_engine import TorchEngine
 
@@ -72,6 +73,7 @@ def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
 
     from dist_ft.engine import deepspeed_config, deepspeed_engine
 
+    # First the process group: zero.Init creates each weight as a shard of this rank.
     deepspeed_engine.attach_to_process_group(use_gpu)
     settings = deepspeed_config.build_deepspeed_config(config)
     with deepspeed_engine.zero_init(settings):
@@ -96,7 +98,9 @@ def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
     from dist_ft.model.adversarial import Adversary
 
     section = config.tuning.adversarial
-    return Adversary(section, module) if section.method != "none" else None
+    if section.method == "none":
+        return None
+    return Adversary(section, module)
 
 
 def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, frozenset[str]]:
@@ -107,6 +111,7 @@ def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, froz
     config, cache_dir = run.config, run.config.data.cache_dir
     new_weights = frozenset[str]()
     if resumed:
+        # The checkpoint has all weights, so none are downloaded or read from the model's files.
         model = build_uninitialized_model(run.model, cache_dir, run.model_task)
     else:
         model, new_weights = load_task_model(run.model_task, run.model, cache_dir)
@@ -115,7 +120,10 @@ def _build_module(run: ResolvedRun, resumed: bool) -> tuple[TrainableModel, froz
     prompt_ids = ()
     if prompt_text:
         prompt_ids = run.tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
+
+    # Before the loss: it hooks the output layer, which an adapter may replace.
     tuning.apply_tuning(model, config.tuning, config.run.seed, run.model_task, prompt_ids)
+
     return add_loss(model, run), new_weights
 
 
@@ -126,11 +134,13 @@ def add_loss(model: Any, run: ResolvedRun) -> TrainableModel:
 
     config, task = run.config, run.task
     noise = config.tuning.label_smoothing, config.tuning.neftune_alpha
+
     if task_class(task.name).reads_formats:
         if task.objective == "minimum_risk":
             from dist_ft.model.minimum_risk import RiskCausalLM
 
             return RiskCausalLM(model, task.risk, config.tuning.neftune_alpha)
+
         return CausalLM(model, *noise)
 
     special = SpecialTokens.from_tokenizer(run.tokenizer, model.config)
@@ -138,15 +148,18 @@ def add_loss(model: Any, run: ResolvedRun) -> TrainableModel:
         from dist_ft.model.minimum_risk import RiskSeq2Seq
 
         return RiskSeq2Seq(model, task, special, task.risk)
+
     if config.prompting.method == "likelihood":
         from dist_ft.model.label_prompting import LabelPromptModel
 
         words = build_prompt_encoder(run).label_words()
         return LabelPromptModel(model, task, special, words, config.batch.sequence_length, *noise)
+
     if config.prompting.method == "prototypes":
         from dist_ft.model.prototypes import PrototypeModel
 
         return PrototypeModel(model, task, special)
+
     return TaskModel(model, task, special, *noise)
 
 
@@ -177,6 +190,8 @@ def load_weights(
         log.info("resuming from step %d", manifest.progress.step)
     else:
         _start_from_files(run, built)
+
+    # Only with the weights in place do the losses that this compares mean anything.
     check_packing(run, built.module, built.engine)
     return manifest
 
@@ -192,25 +207,37 @@ def _start_from_files(run: ResolvedRun, built: BuiltModel) -> None:
     from dist_ft.model.loading.download import fetch_model
 
     module, engine, new_weights = built.module, built.engine, built.new_weights
+
+    def name_in_files(name: str) -> str:
+        # "" skips the comparison: these weights are in no file
+        if name in new_weights:
+            return ""
+        return tuning.name_in_model_files(name)
+
     folder = fetch_model(run.model.path, run.model.revision, run.config.data.cache_dir)
     num_verified = verify_weights(
         engine.state_slices(),
         folder,
         getattr(torch, run.model.dtype),
-        lambda name: "" if name in new_weights else tuning.name_in_model_files(name),
+        name_in_files,
         f"{module.model.base_model_prefix}.",
     )
     log.debug("%d parameters equal the model's files", num_verified)
 
+    # Full shapes: the values of a weight follow from its name and shape, not from its shards.
+    shapes = {name: info.shape for name, info in tensor_infos(module).items()}
     heads.initialize_new_weights(
         engine.state_slices,
         new_weights,
-        {name: info.shape for name, info in tensor_infos(module).items()},
+        shapes,
         module.model.config,
         run.config.run.seed,
     )
     if new_weights:
+        # The float32 masters were written; the copies that the forward uses follow only now.
         engine.finish_load(0)
+
+    # Last, because anchor and average start as copies of the final initial weights.
     regularizers.initialize_state(engine.state_slices, new_weights)
 
 
@@ -222,6 +249,7 @@ def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> N
     from dist_ft.engine.packing_check import require_packing
 
     if run.config.effective_data.pack:
+        # Losses are compared up to rounding, which is coarse in 16-bit formats.
         tolerance = 1e-4 if run.model.dtype == "float32" else 5e-2
         require_packing(engine, module.model.config.vocab_size, tolerance)
 
@@ -233,17 +261,21 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
 
     if store.exists(f"{MODEL_FOLDER}/.complete"):
         return
+
     with tempfile.TemporaryDirectory() as folder:
+        # transformers sets this only when it saves weights, and these stay where they are.
         module.model.config.architectures = [type(module.model).__name__]
         module.model.config.save_pretrained(folder)
         if getattr(module.model, "generation_config", None) is not None:
             module.model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
-                store.write(
-                    f"{MODEL_FOLDER}/{path.relative_to(folder).as_posix()}", path.read_bytes()
-                )
+                name = path.relative_to(folder).as_posix()
+                store.write(f"{MODEL_FOLDER}/{name}", path.read_bytes())
+
+    # The marker last: after a crash in between, the next start writes all files again.
     store.write(f"{MODEL_FOLDER}/.complete", json.dumps({}).encode())
 
 
@@ -251,6 +283,7 @@ def tensor_infos(module: TrainableModel) -> dict[str, TensorInfo]:
     """Return {name: full shape} of every weight, also where ZeRO-3 shards it."""
     from dist_ft.model.trainable_model import parameters_by_name
 
+    # ZeRO-3 leaves a placeholder in place of a weight, with the full shape in `ds_shape`.
     return {
         name: TensorInfo(shape=tuple(getattr(p, "ds_shape", p.shape)))
         for name, p in parameters_by_name(module).items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
@@ -32,6 +33,8 @@ def resolve_templates(
     section = run.config.prompting
     if section.method != "likelihood" or not section.shots:
         return run
+
+    # On rank 0 alone, because a draw reads all of the training data.
     templates = on_rank0(world, collectives, lambda: _stored_templates(run, store))
     return replace(run, templates=templates)
 
@@ -53,6 +56,8 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
             for sample in samples
         ]
         templates.append(prompt_templates.prepend_examples(template, examples, section.separator))
+
+    # The finished templates, not the rows: no later start reads the training data for them.
     store.write(TEMPLATES_FILE, json.dumps(templates, ensure_ascii=False).encode())
     return tuple(templates)
 
@@ -71,8 +76,11 @@ def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
                 if config.data.bad_rows == "error":
                     raise
                 continue
-            yield sample.label if per_label else 0, sample
 
+            group = sample.label if per_label else 0
+            yield group, sample
+
+    # The generator is consumed here, row by row: memory is that of the drawn samples.
     drawn = prompt_templates.draw_per_class(samples(), count, config.prompting.seed)
     if not drawn:
         raise DataError(
@@ -84,12 +92,12 @@ def draw_examples(run: ResolvedRun, count: int) -> list[Sample]:
 
 def _training_rows(config: RunConfig) -> Iterator[tuple[RowLocation, Row]]:
     """Yield (location, row) of the training data that can be decoded and is in scope."""
-    out_of_scope, column = (
-        config.evaluation.robustness.out_of_scope_label,
-        config.task.columns.label,
-    )
-    for shard in (shard for source in discover_shards(config.data.train) for shard in source):
+    out_of_scope = config.evaluation.robustness.out_of_scope_label
+    column = config.task.columns.label
+
+    for shard in chain.from_iterable(discover_shards(config.data.train)):
         for number, row in enumerate(readers.iter_rows(shard), 1):
+            # A reader yields the error of a row, so that it can continue with the next row.
             if isinstance(row, DataError):
                 if config.data.bad_rows == "error":
                     raise row

@@ -31,16 +31,21 @@ def measure_fisher_information(
 
     Raises DataError if the data has no target token.
     """
-    num_targets = 0
+    num_targets = 0  # of this rank
+
     for step in range(loader.steps_per_epoch):
         for lane in range(num_lanes):
             on_progress()
-            # every rank makes every call; ranks without the lane compute an empty micro-batch
+
+            # A pass is a collective call under ZeRO, so every rank makes every call. Ranks that do
+            # not own the lane compute an empty micro-batch, which adds nothing to the gradient.
             is_own = lane % world.num_ranks == world.rank
             batch = loader.batches(step, [lane])[0] if is_own else empty_batch()
+
             engine.accumulate_fisher(batch)
             num_targets += batch.num_target_tokens
 
+    # Over all ranks, so that either all raise or none does.
     (total,) = collectives.sum([num_targets])
     if not total:
         raise DataError(

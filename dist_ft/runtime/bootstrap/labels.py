@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
@@ -28,6 +29,7 @@ from dist_ft.storage.filesystem import Store
 LABELS_FILE = "data/labels.json"
 """File of a run: the labels found in its training data."""
 MAX_LABELS = 10_000
+"""More different values than this are hardly labels: the column holds numbers or free text."""
 
 
 def resolve_labels(
@@ -44,6 +46,7 @@ def resolve_labels(
     if not task_class(task.name).has_labels:
         return run
 
+    # In this order: named in the config, named by their words, found in the data.
     labels = run.labels
     if not labels and config.prompting.method == "likelihood":
         labels = tuple(config.prompting.verbalizers)
@@ -51,13 +54,17 @@ def resolve_labels(
         labels = on_rank0(world, collectives, lambda: _stored_labels(config, store))
 
     if task.grow_head:
+        # Its config alone has the labels. Weights are fetched later (`resolve_grown_head`).
         model_folder = fetch_model(
             run.model.path, run.model.revision, config.data.cache_dir, weights=False
         )
         labels = grown_labels(own_labels(model_folder, task), labels, named=bool(task.labels))
 
+    # Here and not with the config, because only now the number of labels is known.
     if task.class_weights and len(task.class_weights) != len(labels):
-        shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+        shown = ", ".join(labels[:8])
+        if len(labels) > 8:
+            shown += ", ..."
         raise ConfigError(
             [
                 f"task.class_weights: {len(task.class_weights)} weights and {len(labels)} labels "
@@ -75,7 +82,12 @@ def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
     """
     if store.exists(LABELS_FILE):
         return tuple(json.loads(store.read(LABELS_FILE)))
-    labels = _training_labels(config, minimum=1 if config.task.grow_head else 2)
+
+    # A head that grows has labels of its own, so that one label in the data is enough.
+    minimum = 1 if config.task.grow_head else 2
+    labels = _training_labels(config, minimum)
+
+    # Their order is that of the head's outputs: later starts must not sort new data again.
     store.write(LABELS_FILE, json.dumps(labels, ensure_ascii=False).encode())
     return labels
 
@@ -87,19 +99,22 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
     """
     labels = collect_labels(config, config.data.train)
     if len(labels) < minimum:
+        noun = "label" if len(labels) == 1 else "labels"
         shown = f" ({min(labels)})" if labels else ""
         raise DataError(
-            f"data.train: its rows have {len(labels)} "
-            f"label{'s' if len(labels) != 1 else ''}{shown}. At least two different labels are "
-            "needed. Set task.columns, or name the labels in task.labels."
+            f"data.train: its rows have {len(labels)} {noun}{shown}. The minimum is {minimum} "
+            "different ones. Set task.columns, or name the labels in task.labels."
         )
+
     return tuple(task_rows.sort_labels(labels))
 
 
 def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
     """Return the labels of the rows of `sources`; reads every row once."""
-    task, labels = data_task(config.task), set[str]()
-    for shard in (shard for source in discover_shards(sources) for shard in source):
+    task = data_task(config.task)
+    labels = set[str]()
+
+    for shard in chain.from_iterable(discover_shards(sources)):
         for number, row in enumerate(readers.iter_rows(shard), 1):
             try:
                 if isinstance(row, DataError):
@@ -108,6 +123,8 @@ def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
             except DataError:
                 if config.data.bad_rows == "error":
                     raise
+
+        # After each shard, not at the end: a wrong column would fill memory with free text.
         if len(labels) > MAX_LABELS:
             raise DataError(
                 redact(

@@ -73,6 +73,8 @@ def configure_interfaces(config: RunConfig) -> None:
     os.environ.update(cluster.network_variables)
     if cluster.network_interface is None:
         return
+
+    # On each node, because nodes of one cluster may name their interfaces differently.
     interfaces = [name for _, name in socket.if_nameindex()]
     for name in cluster.network_interface.split(","):
         if name not in interfaces:
@@ -84,6 +86,7 @@ def configure_interfaces(config: RunConfig) -> None:
                 ],
                 "network",
             )
+
     # "=" requests an exact match; without it NCCL matches by prefix
     os.environ["NCCL_SOCKET_IFNAME"] = f"={cluster.network_interface}"
     os.environ["GLOO_SOCKET_IFNAME"] = cluster.network_interface
@@ -105,12 +108,17 @@ def check(
     mode = config.cluster.network_check
     if mode == "off" or (world.num_ranks == 1 and mode == "auto"):
         return
+
+    # Gathered, so that all ranks decide from the same values: a rank that returned alone would
+    # leave the others in the next collective call.
     names = collectives.all_gather(node_name())
     ranks_of_node = collectives.all_gather(world.rank_of_node)
     leaders = [rank for rank, rank_of_node in enumerate(ranks_of_node) if rank_of_node == 0]
     nodes = tuple(names[rank] for rank in leaders)
     if mode == "auto" and len(leaders) == 1:
         return
+
+    # Only rank 0 reads the stored report, so its decision is broadcast.
     is_restart = world.rank == 0 and bool(previous_end)
     if collectives.broadcast(is_restart and stored_nodes(store) == nodes):
         return
@@ -135,17 +143,23 @@ def measure(
     import torch
 
     start_s = time.monotonic()
-    kind = "cuda" if config.cluster.gpus_per_worker > 0 else "cpu"
+    uses_gpu = config.cluster.gpus_per_worker > 0
+    kind = "cuda" if uses_gpu else "cpu"
     device = torch.device(kind)
+
     is_leader = world.rank in leaders
-    machines = collectives.all_gather(machine.describe(kind == "cuda") if is_leader else None)
+    own_machine = machine.describe(uses_gpu) if is_leader else None
+    machines = collectives.all_gather(own_machine)
 
     sums = SumMeasurement()
     if world.num_ranks > 1:
         sums = measure_sums(world, collectives, device, SUM_BYTES[kind])
+
     links = LinkMeasurement()
     if len(leaders) > 1:
         links = measure_links(world, collectives, device, leaders, PAIR_BYTES[kind])
+
+    # All ranks raise or none does: one that continued alone would wait for the others.
     raise_together(collectives, _corruption_error(sums, links, nodes))
 
     return NetworkReport(
@@ -156,7 +170,7 @@ def measure(
         links=links.links,
         slow=tuple(find_slow_links(links.links, nodes, config.cluster.network_min_mb_s)),
         seconds=round(time.monotonic() - start_s, 3),
-        backend="nccl" if kind == "cuda" else "gloo",
+        backend="nccl" if uses_gpu else "gloo",
     )
 
 
@@ -164,6 +178,7 @@ def _corruption_error(
     sums: SumMeasurement, links: LinkMeasurement, nodes: Sequence[str]
 ) -> WorkerError | None:
     """Return the error if a sum or received bytes are wrong."""
+    # Pairs first: they name the nodes, and may be the reason why a sum is wrong.
     if links.corrupt_pairs:
         pairs = [
             f"between node {nodes[one]} and node {nodes[other]}"
@@ -174,6 +189,7 @@ def _corruption_error(
         problem = "a sum over all workers is wrong"
     else:
         return None
+
     return WorkerError(
         f"network check: {problem}. Training would be silently wrong. Remove these nodes, and "
         "check their GPUs, network cards and NCCL version. cluster.network_check=off trains "
@@ -190,9 +206,14 @@ def find_slow_links(
     """
     if not links:
         return []
+
+    # The first quartile, not the median: with several slow nodes most pairs are slow ones.
     by_speed = sorted((link.mb_s for link in links), reverse=True)
     usual_mb_s = by_speed[len(links) // 4]
     slow = [link for link in links if link.mb_s * SLOW_FACTOR < usual_mb_s or link.mb_s < min_mb_s]
+
+    # A node that is slow to most others is the cause of its slow pairs: one line for all of them.
+    # Of two nodes neither can be called the slow one.
     lines, slow_nodes = [], set()
     for number, name in enumerate(nodes):
         num_links = sum(number in (link.one, link.other) for link in links)
@@ -204,9 +225,11 @@ def find_slow_links(
                 f"node {name} is slow to {len(own_slow)} of {num_links} other nodes: "
                 f"{slowest_mb_s:,.0f} MB/s (usual here: {usual_mb_s:,.0f})"
             )
+
     for link in slow:
         if slow_nodes & {link.one, link.other}:
             continue
+
         expected = f"usual here: {usual_mb_s:,.0f}"
         if link.mb_s < min_mb_s:
             expected += f", required: {min_mb_s:,.0f}"
@@ -224,18 +247,21 @@ def stored_nodes(store: Store) -> tuple[str, ...] | None:
             return None
         return tuple(json.loads(store.read(FILE))["nodes"])
     except (ValueError, KeyError, TypeError, StorageError):
+        # An unreadable report only costs another check.
         return None
 
 
 def _log_report(report: NetworkReport) -> None:
     if report.sums:
-        largest, links = report.sums[-1], ""
+        largest = report.sums[-1]
+        links = ""
         if report.links:
             speeds = [link.mb_s for link in report.links]
             links = (
                 f"; {len(speeds)} pairs of nodes, {min(speeds):,.0f} to {max(speeds):,.0f} MB/s "
                 "each way"
             )
+
         log.info(
             "network: a sum of %g MiB over %d workers takes %.1f ms (%s MB/s)%s; checked in %.1f s",
             largest.num_bytes / 2**20,
@@ -245,6 +271,7 @@ def _log_report(report: NetworkReport) -> None:
             links,
             report.seconds,
         )
+
     for line in report.slow:
         log.warning("network: %s; every step waits for it", line)
 
@@ -253,4 +280,5 @@ def _store_report(report: NetworkReport, store: Store) -> None:
     try:
         store.write(FILE, (json.dumps(asdict(report), indent=1) + "\n").encode())
     except StorageError as error:
+        # The report is for people and for faster restarts; a run does not need it.
         log.warning("network: the result is not stored: %s", error)

@@ -20,6 +20,7 @@ MAX_ROUNDS = 31
 With more nodes each meets 31 others, which is enough to find a slow node.
 """
 NUM_TRIES = 3
+"""The best of several counts: noise only ever makes a try slower."""
 SUM_BYTES = {"cpu": (2**16, 2**22), "cuda": (2**20, 2**28)}
 """Bytes of the sums: a small one, timed for latency, and a large one, timed for bandwidth."""
 PAIR_BYTES = {"cpu": 2**21, "cuda": 2**26}
@@ -84,27 +85,39 @@ def measure_sums(
     import torch.distributed as dist
 
     num_ranks = world.num_ranks
-    sums, is_correct = [], True
+    sums = []
+    is_correct = True
     for num_bytes in sizes:
-        # small integers: float32 sums stay exact up to 10^5 workers
+        # (N,) small integers: float32 sums stay exact up to 10^5 workers
         values = (torch.arange(num_bytes // 4, device=device) % 7).float()
-        expected = values * sum(_factor(rank) for rank in range(num_ranks))
+        total_factor = sum(_factor(rank) for rank in range(num_ranks))
+        expected = values * total_factor
+
         times = []
         for _ in range(NUM_TRIES):
             own = values * _factor(world.rank)
+
+            # All start together, and the clock stops only when the GPU is done: kernels are
+            # queued, so that `all_reduce` returns earlier.
             collectives.barrier()
             _synchronize(device)
             start_s = time.perf_counter()
             dist.all_reduce(own)
             _synchronize(device)
             times.append(time.perf_counter() - start_s)
+
             is_correct &= torch.equal(own, expected)
 
         # the slowest rank of each try, and the best try
-        seconds = min(max(ranks) for ranks in zip(*collectives.all_gather(times), strict=True))
+        times_by_rank = collectives.all_gather(times)  # (ranks, tries)
+        seconds = min(map(max, zip(*times_by_rank, strict=True)))
+
+        # What a ring sends from each rank: (n - 1) / n of the bytes to sum, as many to distribute.
         sent_bytes = 2 * (num_ranks - 1) / num_ranks * num_bytes
         sums.append(Sum(num_bytes, seconds, sent_bytes / seconds / 1e6))
-    return SumMeasurement(tuple(sums), all(collectives.all_gather(is_correct)))
+
+    is_correct_everywhere = all(collectives.all_gather(is_correct))
+    return SumMeasurement(tuple(sums), is_correct_everywhere)
 
 
 def _factor(rank: int) -> int:
@@ -119,7 +132,9 @@ def measure_links(
 
     `leaders`: the first rank of each node.
     """
+    # Ranks that lead no node measure nothing, but join every barrier.
     own_node = leaders.index(world.rank) if world.rank in leaders else None
+
     measured: list[tuple[Link, bool]] = []
     for pairs in tournament_rounds(len(leaders))[:MAX_ROUNDS]:
         own_pair = next((pair for pair in pairs if own_node in pair), None)
@@ -129,6 +144,8 @@ def measure_links(
             exchange = _exchange(leaders[own_node], leaders[partner], device, num_bytes)
             link = Link(first, second, num_bytes / exchange.seconds / 1e6)
             measured.append((link, exchange.is_correct))
+
+        # No round starts before the last is over: a node exchanges with one partner at a time.
         collectives.barrier()
 
     # both ends report a link; the slower value counts
@@ -140,6 +157,7 @@ def measure_links(
             slowest[pair] = min(link.mb_s, slowest.get(pair, link.mb_s))
             if not is_correct:
                 corrupt.add(pair)
+
     links = tuple(Link(*pair, mb_s) for pair, mb_s in sorted(slowest.items()))
     return LinkMeasurement(links, tuple(sorted(corrupt)))
 
@@ -149,11 +167,18 @@ def _exchange(own: int, other: int, device: Any, num_bytes: int) -> _Exchange:
     import torch
     import torch.distributed as dist
 
+    # (N,) The sender's rank is part of the pattern: bytes of any other rank would differ.
     pattern = torch.arange(num_bytes // 4, device=device, dtype=torch.int32)
-    sent, received, times = pattern + own, torch.empty_like(pattern), []
+    sent = pattern + own
+    received = torch.empty_like(pattern)
+
+    times = []
     for _ in range(NUM_TRIES):
         _synchronize(device)
         start_s = time.perf_counter()
+
+        # In one batch: NCCL runs single operations in order, and with both sends first it would
+        # wait forever.
         operations = [
             dist.P2POp(dist.isend, sent, other),
             dist.P2POp(dist.irecv, received, other),
@@ -162,6 +187,7 @@ def _exchange(own: int, other: int, device: Any, num_bytes: int) -> _Exchange:
             work.wait()
         _synchronize(device)
         times.append(time.perf_counter() - start_s)
+
     # the first try also connects
     return _Exchange(min(times[1:]), bool(torch.equal(received, pattern + other)))
 
@@ -181,10 +207,15 @@ def tournament_rounds(count: int) -> list[list[Pair]]:
     players: list[int] = list(range(count))
     if count % 2:
         players.append(-1)  # whoever meets it has a rest
+
     rounds = []
     for _ in range(len(players) - 1):
+        # The first half faces the second one, back to front.
         half = len(players) // 2
         pairs = zip(players[:half], reversed(players[half:]), strict=True)
         rounds.append(sorted((min(pair), max(pair)) for pair in pairs if -1 not in pair))
+
+        # The first player stays, all others move on by one seat.
         players = [players[0], players[-1], *players[1:-1]]
+
     return rounds

@@ -29,6 +29,7 @@ def resolve_run(
         DataError, ConfigError: see `resolve_labels` and `resolve_templates`.
     """
     model = resolve_initial_model(config, store, world, collectives)
+
     return resolve_data(config, model, store, world, collectives)
 
 
@@ -45,7 +46,10 @@ def resolve_data(
         labels=config.task.labels,
         tokenizer=load_tokenizer(model, config.data.cache_dir),
     )
+
+    # Labels before templates: the examples in a template show the words of their labels.
     run = resolve_labels(run, store, world, collectives)
+
     return resolve_templates(run, store, world, collectives)
 
 
@@ -58,7 +62,12 @@ def resolve_grown_head(run: ResolvedRun) -> ResolvedRun:
     config = run.config
     if not config.task.grow_head:
         return run
+
     folder = fetch_model(run.model.path, run.model.revision, config.data.cache_dir)
     cache = cache_folder(config.data.cache_dir) / "models"
     grown = grow_head(folder, run.task, config.run.seed, cache)
-    return run if grown == folder else run.with_model_folder(grown)
+
+    # Without new labels the model keeps its path and revision.
+    if grown == folder:
+        return run
+    return run.with_model_folder(grown)

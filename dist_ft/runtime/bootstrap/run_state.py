@@ -47,7 +47,10 @@ def start_attempt(store: Store, config: RunConfig, world: World, previous_end: s
         previous_end: why the attempt before ended; noted with this one.
     """
     attempt = discovery.start_attempt(store, world.num_ranks, previous_end)
+
+    # After the number: a start that failed before it leaves the stored config as it was.
     store.write(STORED, resolved_yaml(config).encode())
+
     return attempt
 
 
@@ -60,11 +63,15 @@ def build_local_tier(
     """
     if not config.checkpoint.local_folder:
         return None
+
     # the hash separates runs of one name in two buckets
     key = hashlib.sha256(config.run_url.encode()).hexdigest()[:16]
     folder = Store(f"{config.checkpoint.local_folder}/{config.run.name}-{key}")
+
+    # Workers store only their own parts locally, so the files fit no other layout.
     stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
     layout = f"{stage}, {world.num_ranks} workers"
+
     return LocalTier(store, folder, layout, world, collectives)
 
 
@@ -80,6 +87,8 @@ def find_final_checkpoint(
     names = on_rank0(world, collectives, lambda: discovery.list_committed(store))
     if not names:
         return None
+
+    # The step is part of the name, so an unfinished run is recognized without reading files.
     step = (parse_folder(names[0]) or (0, 0))[0]
     is_final = step >= total_steps
     if not is_final and not on_rank0(world, collectives, lambda: _ended_early(config, store, step)):
@@ -91,20 +100,24 @@ def find_final_checkpoint(
         discovery.verify_checksums(store, manifest, world)
     except DistFtError:
         manifest = None  # `CheckpointManager.find_latest` reports why
-    return manifest if all(collectives.all_gather(manifest is not None)) else None
+
+    # Each rank verified its share of the files: the checkpoint is sound if all shares are.
+    is_sound = all(collectives.all_gather(manifest is not None))
+    return manifest if is_sound else None
 
 
 def evaluation_history(config: RunConfig, lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """Return (step, value) of checkpoint.best_by at every evaluation in metrics.jsonl."""
     metric = config.checkpoint.best_by
-    values = {
-        line["step"]: line[metric]
-        for line in lines
-        if line["kind"] == "evaluation" and metric in line
-    }
-    return sorted(
-        (step, float("nan") if value is None else value) for step, value in values.items()
-    )
+
+    values: dict[int, float] = {}  # by step; of several lines of a step the last one counts
+    for line in lines:
+        if line["kind"] == "evaluation" and metric in line:
+            value = line[metric]
+            # The file has null for NaN and infinity, which JSON lacks.
+            values[line["step"]] = float("nan") if value is None else value
+
+    return sorted(values.items())
 
 
 def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
@@ -112,6 +125,8 @@ def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
     patience = config.evaluation.patience
     if not patience:
         return False
+
+    # A later step than the last evaluation means that training continued after it.
     history = evaluation_history(config, read_metrics(store, step))
     if not history or history[-1][0] != step:
         return False

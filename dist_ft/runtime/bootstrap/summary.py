@@ -30,12 +30,19 @@ def at_start(
     from dist_ft.model.trainable_model import parameters_by_name
 
     config, model = run.config, run.model
+
+    # ZeRO-3 leaves a placeholder of no elements in place of a weight; `ds_numel` has its size.
     parameters = parameters_by_name(module).values()
     counts = [getattr(p, "ds_numel", p.numel()) for p in parameters]
     num_parameters = sum(counts)
     num_trainable = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
+
     index, plan = loaders.training.index, loaders.training.plan
-    engine = f"DeepSpeed ZeRO-{config.zero.stage}" if config.max_workers > 0 else "plain PyTorch"
+    engine = "plain PyTorch"
+    if config.max_workers > 0:
+        engine = f"DeepSpeed ZeRO-{config.zero.stage}"
+    workers = "worker" if world.num_ranks == 1 else "workers"
+
     rows = [
         ("storage", redact(config.run_url)),
         (
@@ -47,7 +54,7 @@ def at_start(
         ("engine", f"{engine}, {model.dtype}, attention {model.attention}"),
         (
             "world",
-            f"{world.num_ranks} worker{'s' if world.num_ranks > 1 else ''}, "
+            f"{world.num_ranks} {workers}, "
             f"{world.largest_share(config.num_lanes)} lanes on the busiest",
         ),
         *batch_arithmetic(config),
@@ -59,6 +66,7 @@ def at_start(
         ("memory", memory_line(num_parameters, num_trainable, world.num_ranks, config)),
         ("start", start),
     ]
+
     return format_table(f"run {config.run.name}", rows)
 
 
@@ -66,10 +74,14 @@ def _task_row(task: TaskSection) -> list[tuple[str, str]]:
     """Return the row of the task and its first labels; none for causal_lm."""
     if task_class(task.name).reads_formats:
         return []
+
     text, labels = task.name.replace("_", " "), task.labels
     if labels:
-        more = ", ..." if len(labels) > 6 else ""
-        text += f": {', '.join(labels[:6])}{more} ({len(labels)} labels)"
+        shown = ", ".join(labels[:6])
+        if len(labels) > 6:
+            shown += ", ..."
+        text += f": {shown} ({len(labels)} labels)"
+
     return [("task", text)]
 
 
@@ -77,15 +89,19 @@ def _tuning_method(config: RunConfig) -> str:
     method = config.tuning.method
     if method == "full":
         return ""
-    return f" (lora of rank {config.tuning.lora.rank})" if method == "lora" else f" ({method})"
+    if method == "lora":
+        return f" (lora of rank {config.tuning.lora.rank})"
+    return f" ({method})"
 
 
 def memory_line(num_parameters: int, num_trainable: int, num_ranks: int, config: RunConfig) -> str:
     """Return the memory of weights, gradients and optimizer state on one worker."""
+    # zero.stage has a default, but one process runs without DeepSpeed and shards nothing.
     stage = config.zero.stage if config.max_workers else 0
     state = memory.model_state_bytes(
         num_parameters, num_ranks, stage, config.model.dtype, config.optimizer.name, num_trainable
     )
+
     return f"{memory.describe_memory(state)}; activations come on top"
 
 
@@ -94,18 +110,17 @@ def at_end(config: RunConfig, result: Result) -> str:
     rows = [("steps", f"{result.step} of {result.total_steps}")]
     if result.loss is not None:
         rows.append(("last training loss", f"{result.loss:.4f}"))
+
     before, after = result.evaluation_before, result.evaluation_after
     if before is not None and after is not None:
-        rows.append(
-            (
-                "held-out loss",
-                f"{before:.4f} before, {after:.4f} after ({(after / before - 1) * 100:+.1f} %)",
-            )
-        )
+        change = (after / before - 1) * 100
+        rows.append(("held-out loss", f"{before:.4f} before, {after:.4f} after ({change:+.1f} %)"))
+
     if result.data_wait_share is not None:
         rows.append(("waited for data", f"{result.data_wait_share:.1%} of the time of all steps"))
     if result.checkpoint:
         rows.append(("checkpoint", redact(result.checkpoint)))
+
     if config.storage.options:  # the URL alone cannot be read without them
         rows.append(
             (
@@ -116,8 +131,9 @@ def at_end(config: RunConfig, result: Result) -> str:
         )
     else:
         rows.append(("next", f"dist-ft export {redact(config.run_url)} --out DIR"))
+
     return format_table(f"run {config.run.name}: done", rows)
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -88,31 +88,41 @@ class _Attempt:
 
 def run(config: RunConfig, world: World, context: RunContext) -> Result:
     """Train `config` in this worker from where the run stands to its end; a collective call."""
+    # First, because its clock starts here: everything below is time of this attempt.
     time_ledger = TimeLedger()
     logs.setup_logging(world.rank, world.num_ranks, config.log.level, context.log_handler)
     filesystem.configure(config.storage.options)
     _require_possible(config, world)
+
     comms = collectives(world, config.cluster.collective_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
+
+    # Before the first bulk transfer, so that a broken link is reported as one.
     network_check.check(config, world, comms, store, context.previous_end)
 
+    # Errors that are cheap to find come first: in the data, then in the weights.
     resolved = resolve_run(config, store, world, comms)
     loaders = build_loaders(resolved, store, world, comms)
     try:
         resolved = resolve_grown_head(resolved)
         total_steps = loaders.training.plan.total_steps(config.schedule)
+
+        # A complete run takes no attempt number: looking at it must not change it.
         final = find_final_checkpoint(config, store, world, comms, total_steps)
         if final is not None:
             if world.rank == 0:
                 context.console.print(_complete_message(config, final, total_steps))
             return _complete_result(config, store, final, total_steps)
 
+        # From here on no earlier attempt can commit, so the latest checkpoint stays the latest.
         attempt = on_rank0(
             world, comms, lambda: start_attempt(store, config, world, context.previous_end)
         )
         local_tier = build_local_tier(config, store, world, comms)
         manager = CheckpointManager(store, config.checkpoint, world, comms, attempt, local_tier)
+
+        # The manager closes before the ledger ends, so that the time this takes is counted.
         with write_periodically(time_ledger, store, attempt, world), closing(manager):
             manifest = manager.find_latest()
             return _train(
@@ -131,6 +141,7 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
                 manifest,
             )
     finally:
+        # Also after an error: the threads and processes that read ahead would outlive the run.
         loaders.close()
 
 
@@ -144,6 +155,8 @@ def _require_possible(config: RunConfig, world: World) -> None:
                 "raise batch.global_batch."
             ]
         )
+
+    # The plain engine exchanges no gradients: each process would train a model of its own.
     if world.num_ranks > 1 and config.max_workers == 0:
         raise ConfigError(
             [
@@ -151,6 +164,7 @@ def _require_possible(config: RunConfig, world: World) -> None:
                 f"(WORLD_SIZE). Set cluster.workers={world.num_ranks}, or start one process."
             ]
         )
+
     for line in untrainable_problems(config.prompting):
         raise ConfigError([line])
 
@@ -159,9 +173,11 @@ def _train(attempt: _Attempt, manifest: Manifest | None) -> Result:
     """Train from the checkpoint of `manifest`, or from the pre-trained weights."""
     built = build_engine(attempt.run, attempt.world, resumed=manifest is not None)
     try:
+        # Progress is that of the loaded checkpoint, which may be an older one than requested.
         manifest = _load_state(attempt, built, manifest)
         progress = manifest.progress if manifest else Progress(step=0, optimizer_step=0)
         attempt.time_ledger.record_resume(progress.step)
+
         components = _build_components(attempt, built, progress)
         try:
             if attempt.world.rank == 0:
@@ -185,6 +201,8 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
     """
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
     manifest = load_weights(run, built, attempt.manager, manifest)
+
+    # Measured at the initial weights. A checkpoint has it as part of the optimizer state.
     if manifest is None and run.config.tuning.anchor.method == "ewc":
         loader = build_anchor_loader(run, store, world, comms)
         with closing(loader.store):
@@ -196,6 +214,8 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
                 comms,
                 attempt.context.callbacks.on_progress,
             )
+
+    # Before training: a checkpoint can be exported only with the model's config and tokenizer.
     on_rank0(world, comms, lambda: store_model(store, built.module, run.tokenizer))
     return manifest
 
@@ -203,13 +223,15 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
 def _build_components(attempt: _Attempt, built: BuiltModel, progress: Progress) -> Components:
     """Return what the training loop works with; a collective call."""
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
+
+    # Lines after the checkpoint belong to steps that are about to be repeated.
     lines = on_rank0(world, comms, lambda: read_metrics(store, progress.step))
     metrics = _open_metrics_log(attempt, lines)
-    detector = AnomalyDetector(
-        run.config.anomaly,
-        progress.history,
-        on_rank0(world, comms, lambda: read_skipped_steps(store)),
-    )
+
+    # All ranks skip the same steps, or their weights would differ from then on.
+    skipped_steps = on_rank0(world, comms, lambda: read_skipped_steps(store))
+    detector = AnomalyDetector(run.config.anomaly, progress.history, skipped_steps)
+
     return Components(
         engine=built.engine,
         loader=attempt.loaders.training,
@@ -236,10 +258,13 @@ def _open_metrics_log(attempt: _Attempt, lines: list[dict[str, Any]]) -> Metrics
     If a tracker refuses, all ranks raise.
     """
     config, store = attempt.run.config, attempt.store
+
+    # `on_rank0` sends a result to all ranks, and an open log cannot be sent: it stays in this list.
     opened: list[MetricsLog] = []
 
     def open_log() -> None:
         trackers = Trackers.open(config, store.url, cache_folder(config.data.cache_dir))
+        # Returns nothing: only the error of a tracker must reach the other ranks.
         opened.append(MetricsLog(store, lines, attempt.number, config.log.tensorboard, trackers))
 
     on_rank0(attempt.world, attempt.collectives, open_log)
@@ -258,6 +283,7 @@ def _train_under_watch(
     attempt: _Attempt, components: Components, progress: Progress, manifest: Manifest | None
 ) -> Result:
     """Train to the end, or until the watchdog ends this process because nothing progresses."""
+    # Only now: loading takes minutes without a sign of progress.
     timeout_s = attempt.run.config.cluster.progress_timeout_s
     with Watchdog(attempt.store, attempt.number, attempt.world, timeout_s) as watchdog:
         context = attempt.context.with_callback(watchdog)
@@ -283,12 +309,16 @@ def train_with_rollback(
     """
     anomaly = run.config.anomaly
     rollbacks: Counter[int] = Counter()  # by the step rolled back to
+
     while True:
         evaluation = manifest.evaluation if manifest else {}
+
+        # A new trainer, because all it counts starts again from the checkpoint.
         trainer = Trainer(run, components, context, progress, total_steps, evaluation)
         try:
             return trainer.run()
         except RollbackRequested:
+            # Every rank gets here: the values that make an anomaly are equal on all of them.
             components.time_ledger.enter("start")
             manifest = components.manager.find_latest()
             if manifest is None:
@@ -300,6 +330,8 @@ def train_with_rollback(
 
             manifest = components.manager.load(manifest, components.engine, components.tensors)
             progress = manifest.progress
+
+            # A later checkpoint means that the run got past the anomaly, so count by step.
             rollbacks[progress.step] += 1
             if rollbacks[progress.step] > anomaly.max_consecutive:
                 raise AnomalyError(
@@ -321,9 +353,12 @@ def _rewound(components: Components, run: ResolvedRun, progress: Progress) -> Co
     detector = AnomalyDetector(
         run.config.anomaly, progress.history, before.skipped_steps, before.num_consecutive
     )
+
+    # The steps since the checkpoint are repeated: their metrics are dropped, their time was lost.
     if components.metrics is not None:
         components.metrics.rewind(progress.step)
     components.time_ledger.rewind(progress.step)
+
     return replace(components, anomaly_detector=detector)
 
 
@@ -336,6 +371,7 @@ def _complete_message(config: RunConfig, manifest: Manifest, total_steps: int) -
     else:
         state = f"step {step} of {total_steps} is committed"
         field = "schedule.steps"
+
     return f"run {config.run.name} is complete: {state}; raise {field} to continue, or export it"
 
 

@@ -27,9 +27,11 @@ from dist_ft.training.callbacks import Callback
 
 log = logging.getLogger("dist_ft.watchdog")
 EXIT_CODE = 75
+"""By this exit code a supervisor recognizes a hang."""
 SECOND_TIMER_DELAY_S = 15.0
 """How long the second timer waits for the first one to report."""
 UPLOAD_S = 10.0
+"""How long the upload of the stacks may take; less than the delay of the second timer."""
 
 
 class Watchdog(Callback):
@@ -49,6 +51,7 @@ class Watchdog(Callback):
 
     def __enter__(self) -> Watchdog:
         if self._timeout_s:
+            # faulthandler opens no files: it needs the descriptor of one.
             self._file = tempfile.NamedTemporaryFile(prefix="dist_ft-stacks-", suffix=".txt")
             self.on_progress()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -68,8 +71,11 @@ class Watchdog(Callback):
     def on_progress(self) -> None:
         """Note that the training thread made progress: a step, a batch of an evaluation, a save."""
         self._progress_s = time.monotonic()
+
+        # Arming starts a thread each time, so it is done at most once a second.
         if self._file is not None and self._progress_s - self._armed_s > 1:
             self._armed_s = self._progress_s
+            # To stderr: nobody could fetch the file, which this timer cannot upload.
             faulthandler.dump_traceback_later(
                 self._timeout_s + SECOND_TIMER_DELAY_S, file=sys.__stderr__ or self._file, exit=True
             )
@@ -83,7 +89,9 @@ class Watchdog(Callback):
     def _end(self, silent_s: float) -> None:
         """Store the stacks, log what happened, end the process."""
         assert self._file is not None
+        # Local first: storage may be what hangs.
         faulthandler.dump_traceback(self._file, all_threads=True)
+
         where = "in its log"
         try:
             with retry_limit(1, UPLOAD_S):
@@ -91,6 +99,7 @@ class Watchdog(Callback):
             where = f"at {self._store.redacted_url(self._name)}"
         except (StorageError, OSError):
             faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
+
         log.error(
             "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be "
             "gone or stopped, or a call does not return. This worker ends. Started again, the run "
@@ -101,6 +110,8 @@ class Watchdog(Callback):
             where,
         )
         logging.shutdown()
+
+        # Not `sys.exit`: that ends this thread only, and the training thread never returns.
         os._exit(EXIT_CODE)
 
 

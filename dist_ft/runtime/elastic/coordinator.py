@@ -60,8 +60,10 @@ class Coordinator:
         """Return the lines since the last call."""
         lines = list(self._lines)
         if self._num_dropped:
+            # The oldest lines were dropped, so the gap is before all others.
             warning = f"WARNING {self._num_dropped} lines of worker output were dropped here"
             lines.insert(0, OutputLine("log", warning))
+
         self._lines.clear()
         self._num_dropped = 0
         return lines
@@ -85,11 +87,15 @@ class Coordinator:
     def request_save(self) -> int:
         """Have the workers save and continue; return the request's number for `is_save_done`."""
         self._save_number += 1
+
+        # If that generation fails, nobody will answer: the next one starts from a checkpoint.
         self._save_generation = self._group_state.generation
         return self._save_number
 
     def is_save_done(self, number: int) -> bool:
         """Return whether request `number` is done, or no worker is left that could do it."""
+        # Callers poll this before workers end, so each way in which no answer can come counts as
+        # done: waiting longer would save nothing.
         silent_s = self.rank_0_silent_s()
         return (
             self._save_done_number >= number
@@ -116,10 +122,13 @@ class Coordinator:
         This is also the sign of life of a supervisor.
         """
         now_s = time.monotonic()
+
+        # A replaced rank 0 may call until it notices; the driver waits for the new one.
         is_replaced = self._group_state.is_replaced(member.group)
         if member.rank == 0 and not is_replaced:
             self._rank_0_called_at = now_s
 
+        # The actor has no timer of its own: it decides whenever a supervisor calls.
         failure = self._group_state.check(now_s)
         error = self._group_state.error
         if failure is not None:
@@ -127,6 +136,7 @@ class Coordinator:
                 "the run ends" if error else "all workers resume from the latest checkpoint"
             )
             self.add_line("log", f"WARNING {failure}; {consequence}")
+
         if error is not None:
             self.end_run(error)
 
@@ -152,6 +162,8 @@ class Coordinator:
         """
         if self._group_state.is_replaced(group):
             return
+
+        # Now, whatever the interval: the last checkpoint is the one that Ray should know.
         self._publish_latest()
         self._outcome = self._outcome or outcome
 
@@ -161,6 +173,7 @@ class Coordinator:
 
     def report_save_done(self, number: int, group: str = "") -> None:
         """Note that all save requests up to `number` are done: saved, or the log says why not."""
+        # One save answers all requests before it, and answers may arrive late.
         if not self._group_state.is_replaced(group):
             self._save_done_number = max(self._save_done_number, number)
 
@@ -172,6 +185,8 @@ class Coordinator:
         """Note a checkpoint; if they arrive faster than Ray collects reports, some are skipped."""
         if self._group_state.is_replaced(group):
             return
+
+        # Each checkpoint refills the budget of restarts, also one that Ray never hears of.
         self._group_state.report_progress()
         self._latest = CommittedCheckpoint(url, metrics)
         if time.monotonic() - self._published_at > REPORT_INTERVAL_S:
@@ -184,6 +199,7 @@ class Coordinator:
 
     def _publish_latest(self) -> None:
         if self._latest is not None:
+            # The list only grows: supervisors count along it, so that all report the same ones.
             self._checkpoints.append(self._latest)
             self._latest, self._published_at = None, time.monotonic()
 
@@ -196,6 +212,7 @@ def print_lines(console: Console, lines: Sequence[OutputLine]) -> None:
         elif line.kind == "progress":
             console.show_progress(line.text)
         else:
+            # End the progress line first, or the log line would continue it.
             console.close()
             with contextlib.suppress(OSError):
                 print(redact(line.text), file=sys.stderr, flush=True)

@@ -61,7 +61,7 @@ class RunStatus:
     checkpoints: tuple[CommittedCheckpoint, ...] = ()
 
 
-# From a supervisor to its training process
+# From a supervisor to its training process: one `Setup`, one `StartTraining`, then requests.
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class SaveRequest:
     number: int
 
 
-# From a training process to its supervisor
+# From a training process to its supervisor, any number of each while it trains.
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class SaveDone:
     number: int
 
 
-# The last message of a training process
+# The last message of a training process: exactly one, or `ProcessExited` in its place.
 
 
 @dataclass(frozen=True)

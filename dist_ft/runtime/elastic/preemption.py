@@ -52,6 +52,7 @@ class PreemptionSaver:
 
         Called repeatedly until then; `now_s` is on the clock of the deadline (time.time).
         """
+        # Only a node that is new in the notice needs a save at once: Ray repeats the others.
         nodes = info.preempted_node_to_ranks
         known_nodes, self._nodes = self._nodes, frozenset(nodes)
         has_new_nodes = bool(self._nodes - known_nodes)
@@ -62,15 +63,21 @@ class PreemptionSaver:
             deadline_s = self._announced_at + DEFAULT_NOTICE_S
         else:
             deadline_s = info.deadline_ms / 1000
+
+        # Before the coordinator is looked up: Ray calls this about once a second.
         if not has_new_nodes and not is_save_due(now_s, self._requested_at, deadline_s):
             return
 
         with _log_errors():
             coordinator = self._get_coordinator()
+
+            # One save at a time: while a slow one runs, a further request would only queue.
             if not has_new_nodes and not coordinator.is_save_done(self._save_number):
                 return
+
             self._requested_at = now_s
             if has_new_nodes:
+                # Announce before saving: if the node ends early, its loss costs no restart.
                 description = describe_nodes(nodes)
                 coordinator.announce_node_loss(description)
                 coordinator.add_line(
@@ -78,12 +85,15 @@ class PreemptionSaver:
                     f"WARNING {description} will be taken away in "
                     f"{max(0.0, deadline_s - now_s):.0f} s: saving now; training continues",
                 )
+
             self._save_number = coordinator.request_save()
 
     def save_before_resize(self) -> None:
         """Save and wait for it: the workers are about to end."""
         with _log_errors():
             coordinator = self._get_coordinator()
+
+            # Ray ends the workers as soon as this returns, so it waits for the save.
             until = time.monotonic() + MAX_RESIZE_WAIT_S
             coordinator.add_line(
                 "log", "INFO the number of workers is about to change: saving first"

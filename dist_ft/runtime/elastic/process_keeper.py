@@ -31,6 +31,7 @@ log = logging.getLogger("dist_ft.keeper")
 UNCLAIMED_S = 120.0
 """How long a process lives without a worker."""
 ANSWER_S = 30.0
+"""How long a worker waits for its keeper, or for a process that closed its pipe to end."""
 
 # From worker to keeper, one byte each:
 CLAIMABLE = b"c"
@@ -57,12 +58,17 @@ class KeptProcess:
         """
         self._keeper = keeper
         keeper.settimeout(ANSWER_S)
+
+        # The pipe comes as a descriptor in the message: the worker is no parent of the process, so
+        # it cannot inherit one.
         answer, descriptors, _, _ = socket.recv_fds(keeper, _NUMBER.size, 1)
         if len(answer) < _NUMBER.size or not descriptors:
             keeper.close()
             raise ConnectionError("the process is not available")
 
         (self.pid,) = _NUMBER.unpack(answer)
+
+        # Otherwise processes that the worker starts later would hold the pipe open too.
         os.set_inheritable(descriptors[0], False)
         self.pipe = Connection(descriptors[0])
 
@@ -80,23 +86,30 @@ class KeptProcess:
         If it does not end within `ANSWER_S` it is killed. If its keeper was killed, the process was
         killed too.
         """
+        # First without force, then after a kill: it may close its pipe and stay.
         for _ in range(2):
             with contextlib.suppress(OSError):
                 self._keeper.settimeout(ANSWER_S)
                 answer = self._keeper.recv(_NUMBER.size, socket.MSG_WAITALL)
                 if len(answer) == _NUMBER.size:
                     return int(_NUMBER.unpack(answer)[0])
+
+                # No number: the keeper was killed, and the kernel killed the process with it.
                 return -signal.SIGKILL
             self._send(KILL)
+
         return -signal.SIGKILL
 
     def kill(self) -> None:
         """Kill it, whatever it does, and wait until it has ended."""
         self._send(KILL)
+
+        # The keeper closes the socket last, after the process has ended.
         with contextlib.suppress(OSError):
             self._keeper.settimeout(ANSWER_S)
             while self._keeper.recv(_NUMBER.size):
                 pass
+
         self._keeper.close()
         self.pipe.close()
 
@@ -113,6 +126,8 @@ def start(command: Sequence[str], environment: dict[str, str], name: str) -> Kep
     Raises:
         OSError: the system starts no process.
     """
+    # This module runs as a program in a session of its own: signals to the worker's process group,
+    # such as Ctrl-C, do not reach it.
     ours, theirs = socket.socketpair()
     with theirs:
         keeper = subprocess.Popen(
@@ -128,11 +143,13 @@ def start(command: Sequence[str], environment: dict[str, str], name: str) -> Kep
             start_new_session=True,
             env=environment,
         )
+
     try:
         keeper.wait(ANSWER_S)  # it forks: the child stays, and this process exits at once
     except subprocess.TimeoutExpired as error:
         keeper.kill()
         raise TimeoutError("no process can be started") from error
+
     return KeptProcess(ours)
 
 
@@ -145,6 +162,8 @@ def claim(name: str) -> KeptProcess | None:
     for entry in sorted(os.listdir(folder)):
         if not entry.startswith(prefix):
             continue
+
+        # Several workers may try one socket: its keeper accepts the first connection only.
         keeper = socket.socket(socket.AF_UNIX)
         try:
             keeper.settimeout(ANSWER_S)
@@ -158,10 +177,11 @@ def claim(name: str) -> KeptProcess | None:
 
 def _remove_stale_socket(folder: str, entry: str) -> None:
     """Remove the socket of a keeper that no longer runs."""
+    # A keeper removes its own socket, unless it was killed. Its id is the end of the name.
     keeper_pid = entry.rpartition("-")[2]
     with contextlib.suppress(OSError, ValueError):
         try:
-            os.kill(int(keeper_pid), 0)
+            os.kill(int(keeper_pid), 0)  # signal 0 only checks that the process exists
         except ProcessLookupError:
             os.unlink(os.path.join(folder, entry))
 
@@ -174,6 +194,9 @@ def _socket_path_prefix(name: str) -> str:
     folder = os.path.join(tempfile.gettempdir(), f"dist_ft-{os.getuid()}")
     with contextlib.suppress(OSError):
         os.mkdir(folder, 0o700)
+
+    # The pipe carries pickles: whoever can place a socket here could run code in the worker. So
+    # `lstat`, which does not follow a link of another user to a folder of ours.
     try:
         status = os.lstat(folder)
     except OSError:
@@ -189,6 +212,7 @@ def _socket_path_prefix(name: str) -> str:
             folder,
         )
         return ""
+
     return os.path.join(folder, hashlib.sha256(name.encode()).hexdigest()[:16] + "-")
 
 
@@ -198,20 +222,24 @@ def main() -> None:
     if os.fork():
         os._exit(0)  # Ray kills the children of a worker that it ends: the keeper has no parent
 
+    # The process must not inherit it: by a closed socket the worker notices that the keeper ended.
     worker = socket.socket(fileno=int(descriptor))
     worker.set_inheritable(False)
+
     pipe, theirs = Pipe()
     process = subprocess.Popen(
         [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True
     )
     theirs.close()
 
-    # The process decides what these mean.
+    # The process decides what these mean. Ignored only now, because a child inherits it.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
-    ended, ended_writer = socket.socketpair()  # `ended` is readable once the process has ended
+    # `select` waits for sockets, not for processes: `ended` is readable once the process has ended.
+    ended, ended_writer = socket.socketpair()
     threading.Thread(target=_close_at_end, args=(process, ended_writer), daemon=True).start()
+
     try:
         while _serve_worker(worker, pipe, process, ended) and socket_prefix:
             next_worker = _wait_for_next_worker(f"{socket_prefix}{os.getpid()}", ended)
@@ -219,6 +247,7 @@ def main() -> None:
                 break
             worker = next_worker
     finally:
+        # Whatever happened here, the process does not outlive its keeper.
         process.kill()
         code = process.wait()
         with contextlib.suppress(OSError):
@@ -244,7 +273,10 @@ def _serve_worker(
             if message == KILL:
                 return False
             is_claimable = message == CLAIMABLE
+
         return False
+
+    # The connection broke, which is the loss of the worker as well.
     return is_claimable
 
 
@@ -255,10 +287,13 @@ def _wait_for_next_worker(path: str, ended: socket.socket) -> socket.socket | No
             listener.bind(path)
             listener.listen()
             ready, _, _ = select.select([listener, ended], [], [], UNCLAIMED_S)
+
+            # One connection per listener: further workers are refused once it is closed.
             if listener in ready and ended not in ready:
                 return listener.accept()[0]
             return None
         finally:
+            # Before it is closed, so that no worker finds a name without a keeper.
             with contextlib.suppress(OSError):
                 os.unlink(path)
 

@@ -26,6 +26,7 @@ FailureKind = Literal[
 SETTLE_S = 0.7
 """How long to wait for the cause after a worker only reported that a peer vanished."""
 MAX_BACKOFF_S = 60.0
+"""Longest pause before a restart."""
 REPEATABLE_KINDS = ("error", "out of memory", "crash")
 """A restart does not cure these if they repeat: code, data or config causes them."""
 
@@ -138,9 +139,13 @@ class RestartPolicy:
         now_s: float,
     ) -> Wait | Restart | GiveUp:
         """Decide on the failures that `generation` reported so far, oldest first, at least one."""
-        decide_at_s = min(
-            report.at_s + (SETTLE_S if report.failure.kind == "peer" else 0.0) for report in reports
-        )
+        # A cause decides at once. Reports of lost peers alone wait, from the first one on.
+        times_s = []
+        for report in reports:
+            settle_s = SETTLE_S if report.failure.kind == "peer" else 0.0
+            times_s.append(report.at_s + settle_s)
+
+        decide_at_s = min(times_s)
         if now_s < decide_at_s:
             return Wait(decide_at_s)
 
@@ -171,6 +176,7 @@ class RestartPolicy:
             # The peers of a lost worker reported the same loss first: count it once.
             history = replace(history, failures=failures[:-1])
 
+        # The workers of the smaller group ended because Ray replaced them, not by a failure.
         if is_larger:
             return Restart(f"{PLANNED}more workers joined", history, None)
         return self._decide(replacement, generation, history, now_s)
@@ -178,6 +184,7 @@ class RestartPolicy:
     def _decide(
         self, cause: Failure, generation: int, history: RestartHistory, now_s: float
     ) -> Restart | GiveUp:
+        # An announced loss explains only these two kinds: a crash at that time is still a crash.
         loss = history.announced_loss
         if (
             loss is not None
@@ -193,9 +200,12 @@ class RestartPolicy:
         history = replace(
             history, failures=failures, start_at_s=now_s + backoff_s(num_failures=len(failures))
         )
+
+        # The cause itself is counted too: max_failures=0 allows none.
         message = self._reason_to_give_up(failures)
         if message is not None:
             return GiveUp(str(cause), history, cause, message)
+
         return Restart(str(cause), history, cause)
 
     def _reason_to_give_up(self, failures: Sequence[Failure]) -> str | None:
@@ -207,6 +217,7 @@ class RestartPolicy:
                 "command to resume"
             )
 
+        # Kind and text, not the rank: a fault in code or data may hit another worker each time.
         if cause.kind in REPEATABLE_KINDS and len(failures) > 1:
             previous = failures[-2]
             if (previous.kind, previous.text) == (cause.kind, cause.text):
@@ -230,4 +241,5 @@ def backoff_s(num_failures: int) -> float:
     """Return the seconds until the next start; `num_failures`: since the last checkpoint."""
     if num_failures <= 1:
         return 0.0
+
     return min(MAX_BACKOFF_S, 2.0 ** (num_failures - 2))

@@ -137,6 +137,7 @@ class Supervisor:
                 if self._spare is None:
                     self._spare = self._start_process()
 
+                # The process imports while this waits for the other workers.
                 member = self._new_member()
                 status = self._join(member)
                 if status.is_over:
@@ -146,6 +147,7 @@ class Supervisor:
                 try:
                     is_over = self._supervise(process, member, status)
                 finally:
+                    # Its generation is over, and it may hang in a collective call with no peers.
                     process.kill()
                 if is_over:
                     return self._leave(self._coordinator.status(member, self._num_checkpoints))
@@ -159,6 +161,7 @@ class Supervisor:
 
     def _new_member(self) -> Member:
         """Return this supervisor as a member of the next generation; rank 0 gets a new port."""
+        # A new port each time: the one of the last generation may be in use for a while.
         address = f"{self._context.host}:{_free_port()}" if self._world.rank == 0 else ""
         return Member(
             self._context.group,
@@ -174,6 +177,7 @@ class Supervisor:
         Raises:
             RendezvousTimeoutError: it takes too long; Ray then places all workers anew.
         """
+        # The coordinator holds the rendezvous back for the backoff, which is no delay of a worker.
         until = time.monotonic() + self._config.cluster.start_timeout_s + MAX_BACKOFF_S
         while True:
             status = self._coordinator.join(member, self._num_checkpoints)
@@ -188,13 +192,17 @@ class Supervisor:
 
     def _supervise(self, process: TrainingProcess, member: Member, status: RunStatus) -> bool:
         """Let `process` train until its generation ends; return whether the run is over here."""
+        # Saves requested of an earlier generation are void: `save_number` starts at the latest.
         generation, save_number = status.generation, status.save_number
         has_ended = has_sent_stop = False
         oom_kills_before = _count_oom_kills()
+
         process.start_training(self._environment(status.rendezvous or ""), status.reason)
 
         while True:
             if not has_ended:
+                # `receive` also sets the pace of this loop. `ProcessExited` comes after any other
+                # last message, and only the first of the two counts.
                 for message in process.receive(self._poll_s):
                     has_ended = has_ended or self._handle(message, generation, oom_kills_before)
 
@@ -213,11 +221,14 @@ class Supervisor:
             self._report_checkpoints(status)
             if status.is_over or status.generation != generation:
                 return status.is_over
+
+            # The coordinator may still wait for the cause, or for rank 0 to end the run.
             if has_ended:
                 time.sleep(JOIN_POLL_S)
 
     def _handle(self, message: WorkerMessage, generation: int, oom_kills_before: int) -> bool:
         """Act on a message of the process; return whether it was the last one."""
+        # Checkpoints, saves and the result are the same on all ranks: rank 0 reports them, once.
         group, is_rank_0 = self._context.group, self._world.rank == 0
         match message:
             case OutputLine(kind, text):
@@ -267,9 +278,12 @@ class Supervisor:
             case TrainingFailed(error):
                 kind, text = _kind_of(error), str(error)
             case TrainingCrashed(is_peer_loss, text):
-                is_out_of_memory = text.startswith("out of")
-                kind = "out of memory" if is_out_of_memory else "error"
-                kind = "peer" if is_peer_loss else kind
+                if is_peer_loss:
+                    kind = "peer"
+                elif text.startswith("out of"):
+                    kind = "out of memory"
+                else:
+                    kind = "error"
             case ProcessExited(code):
                 cause = explain_exit(code, _count_oom_kills() - oom_kills_before)
                 kind, text = cause.kind, cause.text
@@ -290,6 +304,8 @@ class Supervisor:
     def _leave(self, status: RunStatus) -> None:
         """Report the last checkpoints; give up on it if Ray does not collect them in time."""
         self._report_checkpoints(status)
+
+        # Reports run in their order on one thread, so an empty one behind them marks their end.
         wait([self._reporter.submit(lambda: None)], LAST_REPORTS_S)
 
     def _report_checkpoints(self, status: RunStatus) -> None:
@@ -299,6 +315,7 @@ class Supervisor:
 
     def _environment(self, rendezvous: str) -> dict[str, str]:
         """Return the variables that torchrun would set."""
+        # LOCAL_RANK is the GPU's index, because torchrun's ranks choose their GPU by it.
         host, _, port = rendezvous.rpartition(":")
         return {
             "RANK": str(self._world.rank),
@@ -339,12 +356,15 @@ def explain_exit(code: int, num_oom_kills: int) -> ExitCause:
         )
     if code == -signal.SIGKILL:
         return ExitCause("killed", "by SIGKILL, from outside")
+
     if code < 0:
         is_known = -code in list(signal.Signals)
         name = signal.Signals(-code).name if is_known else f"signal {-code}"
         is_stop = -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         return ExitCause("killed" if is_stop else "crash", f"by {name}")
+
     if code == 1:
+        # Python errors are sent as a last message, so this is faulthandler's exit.
         return ExitCause(
             "hang", "no progress within cluster.progress_timeout_s; its stacks are in its log"
         )
@@ -362,6 +382,7 @@ def _kind_of(error: DistFtError) -> FailureKind:
 def _count_oom_kills() -> int:
     """Return the kernel's kills in this cgroup for lack of memory; 0 if unknown."""
     try:
+        # Of cgroup v2. It exists in containers: the root cgroup of a host has no such file.
         with open(OOM_EVENTS) as file:
             for line in file:
                 if line.startswith("oom_kill "):
@@ -372,6 +393,7 @@ def _count_oom_kills() -> int:
 
 
 def _free_port() -> int:
+    # Another process may take it before torch does: the next generation gets another port.
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

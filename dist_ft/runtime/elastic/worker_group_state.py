@@ -58,6 +58,8 @@ class WorkerGroupState:
         self._policy = policy
         self._history = RestartHistory()
         self._group, self._num_ranks = "", 0
+
+        # For good: a supervisor of a lost group may wake up long after it.
         self._replaced_groups: set[str] = set()
 
         # Of the current generation:
@@ -69,6 +71,8 @@ class WorkerGroupState:
         """Add `member` to the coming generation; a new group replaces the one before."""
         if self.is_replaced(member.group):
             return
+
+        # Ray places all workers anew, never one: an unknown group means that the old one is gone.
         if self._group not in ("", member.group):
             self._replace_group(member, now_s)
 
@@ -93,6 +97,7 @@ class WorkerGroupState:
 
     def announce_node_loss(self, description: str) -> None:
         """Note that nodes will be taken away: losing their workers is then no failure."""
+        # The next generation too: the peers of a lost worker may fail before it is replaced.
         loss = AnnouncedLoss(description, last_generation=self.generation + 1)
         self._history = replace(self._history, announced_loss=loss)
 
@@ -112,6 +117,7 @@ class WorkerGroupState:
         """
         if not self._reports:
             return None
+
         decision = self._policy.on_failure(self._reports, self.generation, self._history, now_s)
         if isinstance(decision, Wait):
             return None
@@ -125,6 +131,8 @@ class WorkerGroupState:
 
     def _replace_group(self, member: Member, now_s: float) -> None:
         self._replaced_groups.add(self._group)
+
+        # Which worker was lost is not known here: the failure names the first new one.
         loss = Failure(member.rank, member.node, "lost", "a worker or its node was lost")
         decision = self._policy.on_replacement(
             loss,
@@ -142,5 +150,6 @@ class WorkerGroupState:
         if isinstance(decision, GiveUp):
             self.error = WorkerError(decision.message)
 
+        # Also after giving up: supervisors notice by the number that their generation is over.
         self.generation += 1
         self._members, self._reports, self._has_started = {}, [], False

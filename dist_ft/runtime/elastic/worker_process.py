@@ -85,12 +85,15 @@ class TrainingProcess:
         Raises:
             OSError: the system starts no process.
         """
+        # Ray extends `sys.path` of its workers, which a new interpreter would not inherit.
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         }
         command = [sys.executable, "-m", "dist_ft.runtime.elastic.worker_process"]
         process = cls(process_keeper.start(command, environment, _claim_name(spare_name)))
+
+        # Claimable only with its setup: the next worker sends none.
         process._send(Setup(config.model_dump(mode="json"), os.getcwd(), tuple(modules)))
         process._process.allow_claim()
         return process
@@ -111,6 +114,7 @@ class TrainingProcess:
 
     def start_training(self, environment: Mapping[str, str], reason: str) -> None:
         """Let it train and end with this worker; `reason`: why the generation before ended."""
+        # First: a process that trains for a lost worker must not be claimed.
         self._process.bind_to_worker()
         self._send(StartTraining(dict(environment), reason))
 
@@ -129,6 +133,7 @@ class TrainingProcess:
         """
         messages: list[WorkerMessage] = []
         try:
+            # Wait for the first one only, then take what is there.
             while self._pipe.poll(0 if messages else timeout_s):
                 messages.append(self._pipe.recv())
         except (EOFError, OSError):
@@ -146,6 +151,7 @@ class TrainingProcess:
 
 def _claim_name(spare_name: str) -> str:
     """Return a name that only workers with the same interpreter and GPUs share."""
+    # CUDA reads these once, when it starts: a process cannot change to other GPUs later.
     gpu_variables = sorted(item for item in os.environ.items() if "VISIBLE" in item[0])
     return repr((spare_name, sys.executable, gpu_variables))
 
@@ -155,7 +161,7 @@ class _ParentPipe:
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # training, its writers and log handlers all send
         self.stop_requested = threading.Event()
 
         # Numbers of save requests: the latest, the one that the next save answers, and the last
@@ -178,10 +184,13 @@ class _ParentPipe:
                     self.stop_requested.set()
                 else:
                     self._requested_number = message.number
+
+        # The training thread may never return from a collective call whose peers are gone.
         os._exit(1)
 
     def should_save(self) -> bool:
         """Return whether a save request is open."""
+        # A request that arrives during the save is not answered by it, so remember the number.
         self._pending_number = self._requested_number
         return self._pending_number > self._done_number
 
@@ -214,6 +223,7 @@ class _PipeCallback(Callback):
 
     def on_progress(self) -> None:
         """Report once that the first step is done, so that a spare may start."""
+        # Each call comes before its step or batch, so the second one means that the first is done.
         self._num_progress += 1
         if self._num_progress == 2:
             self._parent.send(FirstStepsDone(tuple(sys.modules)))
@@ -247,25 +257,34 @@ class _PipeLog(logging.Handler):
 
 def main() -> None:
     """Import, wait, train, and report how training ended."""
+    # The keeper kills this process with its worker; if the keeper is killed, the kernel does.
     _die_with_parent()
+
+    # Data loaders and tokenizers start processes, which must not hold the pipe open.
     descriptor = int(sys.argv[1])
     os.set_inheritable(descriptor, False)
     pipe = Connection(descriptor)
     parent = _ParentPipe(pipe)
+
     try:
         setup: Setup = pipe.recv()
         if os.path.isdir(setup.folder):
             os.chdir(setup.folder)
         config = RunConfig.model_validate(setup.config)
         allow_task(config.task.name)  # the driver allowed it
+
+        # A spare waits in the second `recv` for hours, with everything imported. An import that
+        # fails is reported only when training starts: until then nobody reads the pipe.
         import_failure = _import(config, setup.modules)
         start: StartTraining = pipe.recv()
     except EOFError:
         return  # it is no longer needed
 
+    # The thread only now: two readers of one pipe would take each other's messages.
     os.environ.update(start.environment)
     threading.Thread(target=parent.listen, name="parent", daemon=True).start()
     parent.send(import_failure or _train(config, parent, start.reason))
+
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)  # threads of broken process groups may run for long
@@ -279,7 +298,7 @@ def _import(config: RunConfig, modules: Sequence[str]) -> TrainingCrashed | None
         from dist_ft.storage.filesystem import warm
 
         deepspeed_engine.import_deepspeed(config.cluster.gpus_per_worker > 0)
-        warm(config.run_url)
+        warm(config.run_url)  # imports what this storage needs
     except Exception as error:
         return _crashed(error)
 
@@ -308,10 +327,12 @@ def _train(config: RunConfig, parent: _ParentPipe, reason: str) -> LastMessage:
     except DistFtError as error:
         return TrainingFailed(error)
     except BaseException as error:
+        # `SystemExit` and `KeyboardInterrupt` too: an end without a message looks like a hang.
         return _crashed(error)
 
 
 def _crashed(error: BaseException) -> TrainingCrashed:
+    # The message has one line; the stack is for the log of the worker.
     traceback.print_exc()
     full_text = f"{type(error).__name__}: {error}"
     is_peer_loss = any(text in full_text for text in PEER_LOSS_TEXTS)
@@ -319,6 +340,7 @@ def _crashed(error: BaseException) -> TrainingCrashed:
     explained = explain_library_error(error)
     if explained is not None:
         return TrainingCrashed(is_peer_loss, str(explained))
+
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return TrainingCrashed(is_peer_loss, lines[-1])
 

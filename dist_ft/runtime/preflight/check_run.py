@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from uuid import uuid4
 
 from dist_ft.config.load import STORED, check_resume, read_stored_config
@@ -35,16 +36,20 @@ def check(config: RunConfig, *, write_storage: bool = True, is_complete: bool = 
             are skipped.
     """
     with contextlib.ExitStack() as stack:
+        # A config that lacks `storage` still gets all checks that do not need it.
         if not is_complete:
             stack.enter_context(contextlib.suppress(AttributeError))
         filesystem.configure(config.storage.options)
 
     with retry_limit(TRIES, TIMEOUT_S):
+        # The model goes into a list, because a check returns lines only.
         found: list[ModelSection] = []
         problems = _lines(lambda: _resolve_model(config, found), is_complete)
+
         model = found[0] if found else None
         if model is None and not problems:  # fields are missing, but perhaps not the model
             model = getattr(config, "model", None)
+
         for check_one in _checks(config, model, write_storage):
             problems += _lines(check_one, is_complete)
         return problems
@@ -54,21 +59,25 @@ def _checks(
     config: RunConfig, model: ModelSection | None, write_storage: bool
 ) -> Iterator[Callable[[], Iterator[str]]]:
     """Yield the checks in the order of their lines; those of the model only if it was found."""
+    # Not called here: `_lines` calls each one, so that an error in it does not stop the others.
     if model is not None:
-        yield lambda: model_checks.check_model(config, model)
-        yield lambda: model_checks.check_tuning(config, model)
-    yield lambda: model_checks.check_prompting(config)
+        yield partial(model_checks.check_model, config, model)
+        yield partial(model_checks.check_tuning, config, model)
+    yield partial(model_checks.check_prompting, config)
     if model is not None:
-        yield lambda: model_checks.check_tokenizer(config, model)
-    yield lambda: _check_sources(config.data.train, "data.train")
-    yield lambda: _check_held_out_data(config)
-    yield lambda: _check_synonyms(config)
-    yield lambda: machine_checks.check_cpus(config)
-    yield lambda: machine_checks.check_gpus(config)
+        yield partial(model_checks.check_tokenizer, config, model)
+
+    yield partial(_check_training_data, config)
+    yield partial(_check_held_out_data, config)
+    yield partial(_check_synonyms, config)
+
+    yield partial(machine_checks.check_cpus, config)
+    yield partial(machine_checks.check_gpus, config)
+
     if write_storage:
-        yield lambda: _check_writable(config)
-        yield lambda: _check_older_run(config)
-    yield lambda: trackers.missing_trackers(config)
+        yield partial(_check_writable, config)
+        yield partial(_check_older_run, config)
+    yield partial(trackers.missing_trackers, config)
 
 
 def _lines(check_one: Callable[[], Iterator[str]], is_complete: bool) -> list[str]:
@@ -80,6 +89,7 @@ def _lines(check_one: Callable[[], Iterator[str]], is_complete: bool) -> list[st
     except DistFtError as error:
         return [redact(str(error))]
     except AttributeError:
+        # Of a complete config this is a bug; else a field that the check reads is missing.
         if is_complete:
             raise
         return []
@@ -90,7 +100,11 @@ def _resolve_model(config: RunConfig, found: list[ModelSection]) -> Iterator[str
     from dist_ft.checkpoint import initial_weights
 
     found.append(initial_weights.resolve_for_inspection(config))
-    yield from ()
+    yield from ()  # a generator like all checks, and none of its own lines
+
+
+def _check_training_data(config: RunConfig) -> Iterator[str]:
+    yield from _check_sources(config.data.train, "data.train")
 
 
 def _check_held_out_data(config: RunConfig) -> Iterator[str]:
@@ -118,6 +132,8 @@ def _check_sources(sources: tuple[Source, ...], field: str) -> Iterator[str]:
         except DistFtError as error:
             has_problem = True
             yield str(error)
+
+    # Together they may still share a shard; with a source missing that error would only repeat.
     if not has_problem and len(sources) > 1:
         try:
             discover_shards(sources, field)
@@ -128,9 +144,12 @@ def _check_sources(sources: tuple[Source, ...], field: str) -> Iterator[str]:
 def _check_writable(config: RunConfig) -> Iterator[str]:
     """Yield a line if the run's storage cannot be written, or lets two starts create one file."""
     store = filesystem.Store(config.run_url)
-    probe, new_folders = f".probe-{uuid4().hex[:8]}", _absent_folders(store.url)
+    probe = f".probe-{uuid4().hex[:8]}"
+    new_folders = _absent_folders(store.url)  # before the write, which creates them
     try:
         store.create(probe, b"probe")
+
+        # Attempt numbers rely on it: of two starts only one may create the file of a number.
         if store.create(probe, b"again"):
             yield (
                 f"run.storage={config.run.storage}: a file that exists could be created again, so "
@@ -140,6 +159,7 @@ def _check_writable(config: RunConfig) -> Iterator[str]:
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"
+
     with contextlib.suppress(OSError):  # not empty: another process uses it by now
         for folder in new_folders:
             os.rmdir(folder)

@@ -16,7 +16,10 @@ def check_cpus(config: RunConfig) -> Iterator[str]:
     """Yield a line if this machine has too few CPUs."""
     if not _runs_here(config):
         return
-    num_cpus, workers = os.cpu_count() or 1, _workers_here(config)
+
+    # The fewest workers of an elastic run: it starts with these, and others may join later.
+    num_cpus = os.cpu_count() or 1
+    workers = _workers_here(config)
     if workers * config.cluster.cpus_per_worker > num_cpus:
         yield (
             f"cluster.workers={config.min_workers}: needs {workers} × "
@@ -30,9 +33,12 @@ def check_gpus(config: RunConfig) -> Iterator[str]:
     """Yield a line if this machine has too few GPUs."""
     if not config.cluster.gpus_per_worker or not _runs_here(config):
         return
+
     import torch
 
-    num_gpus, needed = torch.cuda.device_count(), max(1, _workers_here(config))
+    # At least one, because `cluster.workers` 0 means one process, which uses a GPU too.
+    num_gpus = torch.cuda.device_count()
+    needed = max(1, _workers_here(config))
     if num_gpus < needed:
         yield (
             f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, "
@@ -43,12 +49,14 @@ def check_gpus(config: RunConfig) -> Iterator[str]:
 
 def _runs_here(config: RunConfig) -> bool:
     """Return whether the run uses this machine: one process, torchrun, or a local Ray."""
+    # Without an address the driver starts a Ray of its own on this machine.
     own_ray = config.cluster.address is None and not os.environ.get("RAY_ADDRESS")
     return _is_torchrun_rank() or config.max_workers == 0 or own_ray
 
 
 def _workers_here(config: RunConfig) -> int:
     """Return how many workers this machine must hold, if the run uses it."""
+    # torchrun starts a process for each rank of a node; the other ranks are on other nodes.
     if _is_torchrun_rank():
         return World.from_environment().ranks_per_node
     return config.min_workers

@@ -33,6 +33,8 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
             f"model.path={model.path}: has int8 weights, which cannot be fine-tuned. A model with "
             "float weights is needed. Export the run without --int8."
         )
+
+    # Virtual tokens take positions of the model too, before those of each sequence.
     num_virtual = config.tuning.prompt.tokens if config.tuning.method in PROMPT_METHODS else 0
     error = length_error(model_config, config.batch.sequence_length, model.path, num_virtual)
     if error:
@@ -41,8 +43,10 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
 
 def check_tuning(config: RunConfig, model: ModelSection) -> Iterator[str]:
     """Raise if `tuning` or `optimizer` names modules or weights that the model lacks."""
+    # By default no name is given, and building the model takes seconds.
     if config.tuning == type(config.tuning)() and not config.optimizer.decay_exempt:
         return
+
     import torch
 
     from dist_ft.engine import optimizers
@@ -54,11 +58,14 @@ def check_tuning(config: RunConfig, model: ModelSection) -> Iterator[str]:
         read_config(model, config.data.cache_dir, task)
     except ModelError:
         return  # `check_model` reports it
+
+    # On the meta device tensors have a shape but no values: any model fits into memory.
     with torch.device("meta"):
         network = build_uninitialized_model(model, config.data.cache_dir, task)
         tuning.apply_tuning(network, config.tuning, config.run.seed, config.model_task)
         trainable = {name: p for name, p in network.named_parameters() if p.requires_grad}
         optimizers.param_groups(trainable, 0.0, exempt=config.optimizer.decay_exempt)
+
     yield from ()
 
 
@@ -68,9 +75,12 @@ def check_prompting(config: RunConfig) -> Iterator[str]:
     Raise if two labels have the same words.
     """
     yield from untrainable_problems(config.prompting)
+
+    # Labels that are found in the data are not known yet, and then neither are their words.
     labels = config.task.labels or tuple(config.prompting.verbalizers)
     if config.prompting.method != "likelihood" or not labels:
         return
+
     from dist_ft.model.loading.load import load_tokenizer
     from dist_ft.runtime.bootstrap.build_model import build_prompt_encoder
 
@@ -78,6 +88,7 @@ def check_prompting(config: RunConfig) -> Iterator[str]:
         tokenizer = load_tokenizer(config.model, config.data.cache_dir)
     except ModelError:
         return  # `check_tokenizer` reports it
+
     run = replace(ResolvedRun.from_config(config), labels=labels, tokenizer=tokenizer)
     build_prompt_encoder(run).label_words()
 

@@ -40,14 +40,17 @@ def trace_model(config: RunConfig, model_config: str | None = None) -> ModelShap
     quiet_third_parties()
     model = meta_model.build_meta_model(config, task_with_any_labels(config), model_config)
     module = _wrap_with_loss(model, config)
+
     parameters = parameters_by_name(module)
     weights = _weight_shapes(config, parameters)
     kind = model.config.model_type
+
     try:
         return _trace(module, config, kind, weights)
     except Exception as error:  # whatever a model's code raises when it reads values
         log.debug("not traced", exc_info=error)
 
+    # Without a trace no order is known: count each weight as a module of its own.
     peak = PeakBytes(_estimate_activations(model, config), 0)
     one_by_one = tuple((number,) for number in range(len(weights)))
     peaks = LanePeaks(peak, peak)
@@ -67,6 +70,7 @@ def count_parameters(config: RunConfig, model_config: str | None = None) -> int 
     is_folder = filesystem.is_local(path) and os.path.isdir(filesystem.local_path(path))
     if model_config is None and not is_folder:
         return None
+
     quiet_third_parties()
     model = meta_model.build_meta_model(config, task_with_any_labels(config), model_config)
     return sum(p.numel() for p in model.parameters())
@@ -77,13 +81,14 @@ def _weight_shapes(
 ) -> tuple[WeightShape, ...]:
     from dist_ft.engine import optimizers
 
+    exempt = config.optimizer.decay_exempt
     shapes = []
     for name, p in parameters.items():
-        is_exempt = any(
-            fnmatch.fnmatchcase(name, pattern) for pattern in config.optimizer.decay_exempt
-        )
+        # Weights with and without decay are separate groups, and ZeRO partitions each group.
+        is_exempt = any(fnmatch.fnmatchcase(name, pattern) for pattern in exempt)
         decays = optimizers.has_weight_decay(p.shape) and not is_exempt
         shapes.append(WeightShape(name, p.numel(), p.requires_grad, decays))
+
     return tuple(shapes)
 
 
@@ -94,12 +99,14 @@ def _trace(
     from dist_ft.model import memory_trace
 
     on_cpu = config.cluster.gpus_per_worker == 0 and config.max_workers > 0
+
+    # In training mode, because activation checkpointing and dropout change what is stored.
     inputs = module.train().prepare_inputs(_full_batch(config), "meta")
+
     number_of = {weight.name: number for number, weight in enumerate(weights)}
-    order = tuple(
-        tuple(number_of[name] for name in names)
-        for names in memory_trace.trace_module_order(module, inputs)
-    )
+    order = []
+    for names in memory_trace.trace_module_order(module, inputs):
+        order.append(tuple(number_of[name] for name in names))
 
     def peaks(keep_gradients: bool) -> LanePeaks:
         forward, backward = memory_trace.trace_peaks(
@@ -110,7 +117,8 @@ def _trace(
             PeakBytes(backward.activations, backward.logits),
         )
 
-    return ModelShape(kind, weights, order, peaks(True), peaks(False))
+    # Under ZeRO-2 and 3 gradients leave as soon as they exist; else those of earlier lanes stay.
+    return ModelShape(kind, weights, tuple(order), peaks(True), peaks(False))
 
 
 def _wrap_with_loss(model: Any, config: RunConfig) -> TrainableModel:
@@ -120,6 +128,7 @@ def _wrap_with_loss(model: Any, config: RunConfig) -> TrainableModel:
 
     if task_class(config.task.name).reads_formats and config.task.objective != "minimum_risk":
         return add_loss(model, ResolvedRun.from_config(config))
+
     return BareModel(model)
 
 
@@ -129,11 +138,16 @@ def _full_batch(config: RunConfig) -> Batch:
 
     from dist_ft.data.batch import Batch
 
+    # `prepare_inputs` adds the virtual tokens to these rows.
     uses_prompt = config.tuning.method in PROMPT_METHODS
     num_virtual = config.tuning.prompt.tokens if uses_prompt else 0
-    num_rows, num_tokens = config.batch.micro_batch, config.batch.sequence_length - num_virtual
-    ids = np.ones((num_rows, num_tokens), dtype=np.int64)
-    positions = np.tile(np.arange(num_tokens, dtype=np.int64), (num_rows, 1))
+    num_rows = config.batch.micro_batch
+    num_tokens = config.batch.sequence_length - num_virtual
+
+    # Any id serves: nothing is computed on the meta device.
+    ids = np.ones((num_rows, num_tokens), dtype=np.int64)  # (B, T)
+    positions = np.tile(np.arange(num_tokens, dtype=np.int64), (num_rows, 1))  # (B, T)
+
     return Batch(ids, ids, positions, np.zeros((0, 4), dtype=np.int64), 0)
 
 
@@ -142,6 +156,8 @@ def _estimate_activations(model: Any, config: RunConfig) -> int:
     decoder = model.config.get_text_config()
     hidden = decoder.hidden_size
     intermediate = getattr(decoder, "intermediate_size", None) or 4 * hidden
+
+    # Of a mixture of experts, only those that a token passes through store activations for it.
     num_experts = getattr(decoder, "num_experts_per_tok", None) or 1
     shape = DecoderShape(
         num_layers=decoder.num_hidden_layers,

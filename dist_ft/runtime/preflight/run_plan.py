@@ -140,14 +140,23 @@ def plan(
     gpu_names = [gpus.canonical_name(gpu)] if gpu is not None else list(gpus.GPUS)
     config = _with_workers(config, num_gpus)
     shape = trace_model(config, model_config)
+
+    # The bucket as a default, because the table also has stages of which this config sets none.
     zero = {
         "reduce_bucket_size": deepspeed_config.BUCKET_ELEMENTS,
         **deepspeed_config.build_deepspeed_config(config)["zero_optimization"],
     }
-    num_workers, fewest_workers = max(1, config.max_workers), max(1, config.min_workers)
+
+    num_workers = max(1, config.max_workers)
+    fewest_workers = max(1, config.min_workers)
     setup = worker_memory.worker_setup(config, zero, num_workers)
     fewest_setup = worker_memory.worker_setup(config, zero, fewest_workers)
     checkpoint = traffic.checkpoint_bytes(shape, setup)
+    memory = [
+        _plan_memory(shape, other, is_chosen=other == setup)
+        for other in _setups(config, zero, setup)
+    ]
+
     return {
         "run": config.run.name,
         "model": {
@@ -162,10 +171,7 @@ def plan(
         "fewest_workers": fewest_workers,
         "stage": setup.stage,
         "dtype": config.model.dtype,
-        "memory": [
-            _plan_memory(shape, other, is_chosen=other == setup)
-            for other in _setups(config, zero, setup)
-        ],
+        "memory": memory,
         "on_fewest_workers": worker_memory.peak_memory(shape, fewest_setup).total,
         "checkpoint_copy": config.checkpoint.background and checkpoint["per_worker"],
         "checkpoint": checkpoint,
@@ -178,6 +184,7 @@ def _with_workers(config: RunConfig, num_gpus: int | None) -> RunConfig:
     """Return the config with this number of workers, each with a GPU."""
     if num_gpus is None:
         return config
+
     if not 1 <= num_gpus <= config.num_lanes:
         raise ConfigError(
             [
@@ -187,6 +194,7 @@ def _with_workers(config: RunConfig, num_gpus: int | None) -> RunConfig:
             ],
             "plan",
         )
+
     cluster = config.cluster.model_copy(update={"workers": num_gpus, "gpus_per_worker": 1})
     return config.model_copy(update={"cluster": cluster})
 
@@ -196,6 +204,7 @@ def _setups(config: RunConfig, zero: dict[str, Any], configured: WorkerSetup) ->
     world = configured.world
     setups = [worker_memory.worker_setup(config, zero, world, stage) for stage in range(4)]
     setups[configured.stage] = configured
+
     without_offload = worker_memory.worker_setup(config, zero, world, offload=False)
     if without_offload != configured:
         setups.append(without_offload)
@@ -203,12 +212,15 @@ def _setups(config: RunConfig, zero: dict[str, Any], configured: WorkerSetup) ->
 
 
 def _plan_memory(shape: ModelShape, setup: WorkerSetup, is_chosen: bool) -> PlannedMemory:
-    memory, sent = worker_memory.peak_memory(shape, setup), traffic.step_traffic(shape, setup)
+    memory = worker_memory.peak_memory(shape, setup)
+    sent = traffic.step_traffic(shape, setup)
+
     offload = {}
     if setup.offload_optimizer != "none":
         offload["optimizer"] = setup.offload_optimizer
     if setup.offload_param != "none":
         offload["weights"] = setup.offload_param
+
     return {
         "stage": setup.stage,
         "plain": setup.plain,
@@ -238,19 +250,26 @@ def _plan_gpu(
         return gpus.fewest_workers(bytes_per_worker, max_workers, usable_bytes)
 
     used_bytes = worker_memory.peak_memory(shape, setup).total
-    least: SmallestCluster | None = None
+
     # ZeRO-0 is for float32 only
+    least: SmallestCluster | None = None
     first_stage = 0 if config.model.dtype == "float32" else 1
     for stage in range(first_stage, 4):
+        # A worker needs at least one lane, so there are at most as many workers.
         count = fewest(stage, config.num_lanes)
+
+        # Of equal counts the lowest stage stays: higher stages send as much or more.
         if count is not None and (least is None or count < least["gpus"]):
             least = {"gpus": count, "stage": stage, "nodes": -(-count // gpus.GPUS_PER_NODE)}
+
+    # As configured, one process cannot become several.
+    max_workers = config.num_lanes if config.max_workers else 1
     return {
         "name": name,
         "gb": gpus.GPUS[name],
         "usable_bytes": usable_bytes,
         "fits": used_bytes <= usable_bytes,
         "used": used_bytes / (gpus.GPUS[name] * 1e9),
-        "fewest": fewest(None, config.num_lanes if config.max_workers else 1),
+        "fewest": fewest(None, max_workers),
         "least": least,
     }

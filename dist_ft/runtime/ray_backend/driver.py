@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import math
 import os
 import socket
 import threading
@@ -67,11 +66,16 @@ def run(config: RunConfig) -> Result:
     with connected(config) as ray:
         require_resources(ray, config)
         name = f"coordinator-{os.getpid()}-{time.time_ns()}"
+
         # The actor lives as long as this reference to it.
         actor = _start_coordinator(ray, name, config.cluster.max_failures)
         coordinator = ActorClient(actor)
+
         try:
-            failure = _fit(ray, config, coordinator, create_trainer(config, name, _worker))
+            trainer = create_trainer(config, name, _worker)
+            failure = _fit(ray, config, coordinator, trainer)
+
+            # While Ray is connected: the actor ends with the connection.
             outcome = coordinator.outcome()
         except (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError) as error:
             raise WorkerError(
@@ -79,6 +83,7 @@ def run(config: RunConfig) -> Result:
                 "out); saved checkpoints are kept; run the same command to resume"
             ) from error
 
+    # The coordinator's outcome counts before Ray's error, which may be only its consequence.
     if isinstance(outcome, DistFtError):
         raise outcome
     if outcome is not None:
@@ -92,13 +97,18 @@ def connected(config: RunConfig) -> Iterator[Any]:
     _set_ray_variables(config)
     import ray
 
+    # A caller's own connection stays as it is, and open.
     if ray.is_initialized():
         yield ray
         return
 
     is_verbose = config.log.level == "debug"
     _connect(ray, config.cluster.address or os.environ.get("RAY_ADDRESS"), is_verbose)
-    with contextlib.nullcontext() if is_verbose else _short_ray_notices():
+
+    notices: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if not is_verbose:
+        notices = _short_ray_notices()
+    with notices:
         try:
             yield ray
         finally:
@@ -107,14 +117,16 @@ def connected(config: RunConfig) -> Iterator[Any]:
 
 def _set_ray_variables(config: RunConfig) -> None:
     """Set what Ray reads when it is imported."""
+    # The behavior of later Ray versions, without the notice that earlier ones print about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
     # Ray may wait for a node that was lost; an elastic run then tries with fewer workers.
-    is_elastic = config.min_workers < config.max_workers
-    start_timeout_s = min(
-        config.cluster.start_timeout_s, ELASTIC_START_S if is_elastic else math.inf
-    )
+    start_timeout_s = config.cluster.start_timeout_s
+    if config.min_workers < config.max_workers:
+        start_timeout_s = min(start_timeout_s, ELASTIC_START_S)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_timeout_s)
+
+    # Ray's default is 5 s, which is much of a short notice.
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 
     # Relative paths mean the same in a worker as here.
@@ -154,6 +166,7 @@ def _short_ray_notices() -> Iterator[None]:
     logged: set[str] = set()
 
     def log_first_lines(batch: dict[str, Any]) -> None:
+        # Ray repeats a notice; it is logged once.
         first_lines = {str(text).strip().split("\n")[0][:200] for text in batch["lines"]}
         for line in first_lines - logged:
             logged.add(line)
@@ -165,6 +178,7 @@ def _short_ray_notices() -> Iterator[None]:
 
         dispatcher.remove_handler("ray_print_logs")
         dispatcher.add_handler(__name__, log_first_lines)
+
     try:
         yield
     finally:
@@ -182,7 +196,10 @@ def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
         name=name, namespace=NAMESPACE, scheduling_strategy=this_node
     )
     actor = actor_class.remote(max_failures)
+
+    # The first call waits until the actor runs, and raises here if it cannot start.
     ray.get(actor.outcome.remote())
+
     return actor
 
 
@@ -209,6 +226,9 @@ def _fit(
 
     console, started_at, node_watch = Console(), time.monotonic(), NodeWatch(ray)
     is_elastic = config.min_workers < config.max_workers
+
+    # In a thread, because `fit` does not return before the run ends, and signals arrive here. A
+    # daemon: Ray Train cannot be interrupted, and must not keep a driver that gave up from ending.
     thread = threading.Thread(target=fit, args=(coordinator,), name="ray-train", daemon=True)
     with stop_on_signal(console) as should_stop:
         thread.start()
@@ -226,10 +246,15 @@ def _fit(
                 coordinator.rank_0_silent_s(),
                 should_stop(),
             )
+
+            # A run that has just ended needs no workers: its result counts, not the error.
             if error is not None and thread.is_alive() and coordinator.outcome() is None:
                 coordinator.end_run(error)
                 raise error
+
+        # Lines that arrived after the last look.
         print_lines(console, coordinator.take_lines())
+
     return failures[0] if failures else None
 
 
@@ -237,13 +262,16 @@ def _worker(settings: WorkerSettings) -> None:
     """Supervise a training process until the run is over; each Ray Train worker runs this."""
     import ray
 
+    # Relative paths of the config start at the driver's folder, if this node has it too.
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
     os.environ.update(settings["failpoints"])
     config = RunConfig.model_validate(settings["config"])
     allow_task(config.task.name)  # the driver allowed it
+
     context = _worker_context(ray, settings["coordinator"])
     coordinator = ActorClient(ray.get_actor(settings["coordinator"], namespace=NAMESPACE))
+
     try:
         supervisor = Supervisor(
             config,
@@ -256,7 +284,7 @@ def _worker(settings: WorkerSettings) -> None:
     except ray.exceptions.ActorDiedError:
         return  # the coordinator has ended, and so has the driver
     except RendezvousTimeoutError:
-        raise
+        raise  # not the end of the run: Ray Train places all workers anew
     except Exception as error:
         coordinator.end_run(
             WorkerError(
@@ -280,6 +308,7 @@ def _worker_context(ray: Any, coordinator_name: str) -> WorkerContext:
     placement_group = ray.util.get_current_placement_group()  # Ray Train creates one for each group
     if placement_group is None:
         raise AssertionError("workers of Ray Train belong to a placement group")
+
     return WorkerContext(
         group=placement_group.id.hex(),
         world=world,

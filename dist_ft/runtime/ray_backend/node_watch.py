@@ -21,10 +21,12 @@ class NodeWatch:
 
     def check(self) -> None:
         """Log how many nodes were lost since the last call."""
+        # By id: a node that is lost and one that joins leave the number unchanged.
         alive = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
         lost = self._alive - alive
         if lost:
             log.info("%d nodes were lost", len(lost))
+
         self._alive = alive
 
 
@@ -34,6 +36,7 @@ def recount_nodes(ray: Any) -> None:
     Call it when workers have failed, before new ones are requested. With a Ray that has no such
     actor the restart takes longer.
     """
+    # Never raises: this runs in Ray Train's controller, and only saves time.
     with contextlib.suppress(Exception):
         counter = ray.get_actor(NODE_COUNTER, namespace=NODE_COUNTER)
         ray.get(

@@ -15,6 +15,7 @@ from dist_ft.core.errors import DistFtError, Interrupted, WorkerError
 LOST_S = 60.0
 """Workers without a sign of life for this long count as lost."""
 _ROUNDING = 1e-9
+"""Tolerance in comparisons of resources, which are sums of fractions such as 0.1 CPUs."""
 
 
 def require_resources(ray: Any, config: RunConfig) -> None:
@@ -23,8 +24,11 @@ def require_resources(ray: Any, config: RunConfig) -> None:
     Raises:
         WorkerError: it never can.
     """
+    # An autoscaler adds nodes only for workers that wait, so what exists now says nothing.
     if config.cluster.wait_for_nodes:
         return
+
+    # What the nodes have, not what is free: other runs end, but a cluster that is too small stays.
     available = ray.cluster_resources()
     for resource, per_worker in worker_resources(config).items():
         needed = per_worker * config.min_workers
@@ -35,6 +39,7 @@ def require_resources(ray: Any, config: RunConfig) -> None:
                 "cluster.cpus_per_worker, add nodes, or set cluster.wait_for_nodes=true if an "
                 "autoscaler adds them"
             )
+
     _require_nodes(ray, config)
 
 
@@ -44,6 +49,7 @@ def worker_resources(config: RunConfig) -> dict[str, float]:
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = float(cluster.gpus_per_worker)
+
     return {**resources, **cluster.resources_per_worker}
 
 
@@ -58,6 +64,7 @@ def reason_to_stop_waiting(
         silent_s: seconds since the last sign of life of rank 0; None: there was none.
         is_stopping: whether the user requested a stop.
     """
+    # With workers alive the stop goes to them, and they save first.
     if is_stopping and (silent_s is None or silent_s > LOST_S):
         return Interrupted(
             "stopped as requested, without a new checkpoint because no worker was running; saved "
@@ -67,13 +74,13 @@ def reason_to_stop_waiting(
     cluster = config.cluster
     if cluster.wait_for_nodes:
         return None
+
     field = f"cluster.start_timeout_s={cluster.start_timeout_s:g}"
     remedy = "free resources, raise it, or set cluster.wait_for_nodes=true to wait without limit"
 
     if silent_s is None and waited_s > cluster.start_timeout_s:
-        each = ", ".join(
-            f"{count:g} {resource}" for resource, count in worker_resources(config).items()
-        )
+        resources = worker_resources(config)
+        each = ", ".join(f"{count:g} {resource}" for resource, count in resources.items())
         return WorkerError(
             f"{field}: no worker started within that time; {config.min_workers} workers are "
             f"needed, with {each} each, and the cluster is busy or pulls images slowly; {remedy}"
@@ -93,6 +100,8 @@ def gpu_index(gpu_ids: Sequence[Any], local_rank: int) -> int:
 
     Without a known GPU this is the worker's rank on its node.
     """
+    # Ray gives each worker its own GPUs, but lets all workers of a node see those of all
+    # (`share_cuda_visible_devices`), so the index is one into the shared list.
     visible = [text for text in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if text]
     if gpu_ids and str(gpu_ids[0]) in visible:
         return visible.index(str(gpu_ids[0]))
@@ -118,15 +127,19 @@ def error_line(error: BaseException, index: int) -> str:
 
     The last line (`index` -1) of a remote traceback is the error itself.
     """
+    # An error without text still gives a line.
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[index]
 
 
 def num_workers_that_fit(free: Mapping[str, float], per_worker: Mapping[str, float]) -> int:
     """Return how many workers that reserve `per_worker` fit into `free`."""
-    counts = [
-        int(free.get(name, 0) / needed + _ROUNDING) for name, needed in per_worker.items() if needed
-    ]
+    # The scarcest resource decides; one that is not needed would divide by 0.
+    counts = []
+    for name, needed in per_worker.items():
+        if needed:
+            counts.append(int(free.get(name, 0) / needed + _ROUNDING))
+
     return min(counts, default=0)
 
 
@@ -136,18 +149,21 @@ def assign_nodes(
     """Assign `workers_per_node` workers to each node and the rest to one more, if possible.
 
     Returns the node of each worker; None: there are too few nodes. `capacities`: how many workers
-    fit on each node. The nodes with the least sufficient capacity
-    are used.
+    fit on each node. The nodes with the least sufficient capacity are used.
     """
+    # Best fit, so that large nodes stay free for other runs. By capacity, then by name: a restart
+    # on the same nodes gets the same ones.
     assigned: list[str] = []
     unused = sorted((capacity, name) for name, capacity in capacities.items())
     while len(assigned) < num_workers:
-        count = min(workers_per_node, num_workers - len(assigned))
+        count = min(workers_per_node, num_workers - len(assigned))  # fewer on the last node
         chosen = next(((capacity, name) for capacity, name in unused if capacity >= count), None)
         if chosen is None:
             return None
+
         unused.remove(chosen)
         assigned += [chosen[1]] * count
+
     return assigned
 
 
@@ -157,11 +173,14 @@ def has_labels(labels: Mapping[str, str], selectors: Mapping[str, str]) -> bool:
 
 
 def _matches(value: str | None, selector: str) -> bool:
-    is_negated, values = selector.startswith("!"), selector.removeprefix("!").strip()
+    is_negated = selector.startswith("!")
+    values = selector.removeprefix("!").strip()
     if values.startswith("in(") and values.endswith(")"):
         allowed = [part.strip() for part in values[3:-1].split(",")]
     else:
         allowed = [values]
+
+    # A node without the label has no value, which matches every negated selector.
     return (value in allowed) != is_negated
 
 
@@ -172,9 +191,11 @@ def _require_nodes(ray: Any, config: RunConfig) -> None:
         WorkerError: it has not.
     """
     cluster = config.cluster
+    # Else the sums over all nodes are enough, which `require_resources` compares.
     if not cluster.labels and not cluster.workers_per_node:
         return
 
+    # Ray also lists nodes that were lost.
     alive = [node for node in ray.nodes() if node["Alive"]]
     labeled = [node for node in alive if has_labels(node.get("Labels") or {}, cluster.labels)]
     per_worker = worker_resources(config)
@@ -183,6 +204,8 @@ def _require_nodes(ray: Any, config: RunConfig) -> None:
     if cluster.workers_per_node:
         per_node = cluster.workers_per_node
         by_index = {str(index): capacity for index, capacity in enumerate(capacities)}
+
+        # By the rule that places the workers later, so that what passes here can be placed.
         if assign_nodes(by_index, config.min_workers, per_node) is None:
             num_nodes = -(-config.min_workers // per_node)
             num_suitable = sum(capacity >= per_node for capacity in capacities)

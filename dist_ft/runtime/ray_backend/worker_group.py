@@ -66,8 +66,12 @@ def create_trainer(
     cluster = config.cluster
     store = filesystem.Store(config.run_url)
     store.remove(RAY_STATE_FILE)  # Ray's memory of an earlier start; storage is the truth
+
+    # Ray appends the run's name to this path, which gives the run's own folder.
     arrow_fs, path = filesystem.arrow_filesystem(filesystem.Store(config.run.storage).url)
     is_local = filesystem.is_local(config.run.storage)
+
+    # A pair makes Ray Train elastic; a number is a fixed size.
     num_workers: Any = cluster.workers
     if not isinstance(cluster.workers, int):
         num_workers = (config.min_workers, config.max_workers)
@@ -111,6 +115,7 @@ def _trainer_class() -> type[Any]:
 
     class _Trainer(DataParallelTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
+            # By name: a Ray without this class still works.
             return [
                 callback
                 for callback in super()._create_default_callbacks()
@@ -125,6 +130,7 @@ def _backend_config() -> Any:
     from ray.train.backend import Backend, BackendConfig
 
     class _SharedGpus(Backend):
+        # NCCL copies between GPUs of a node directly only if each process sees both.
         share_cuda_visible_devices = True
 
     class _SharedGpusConfig(BackendConfig):
@@ -160,6 +166,7 @@ def _controller_callback(coordinator_name: str, config: RunConfig) -> Any:
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
             import ray
 
+            # Before the decision: it requests workers for the nodes that Ray believes to be free.
             recount_nodes(ray)
 
         def before_worker_group_start(self, worker_group_context: Any) -> None:
@@ -178,17 +185,22 @@ def _node_selectors(config: RunConfig, num_workers: int) -> list[dict[str, str]]
 
     until = time.monotonic() + config.cluster.start_timeout_s
     while True:
+        # What is free now: workers of this run that are about to end may still hold resources,
+        # so this waits.
         free = ray._private.state.available_resources_per_node()
-        capacities = {
-            node["NodeID"]: num_workers_that_fit(
-                free.get(node["NodeID"], {}), worker_resources(config)
-            )
-            for node in ray.nodes()
-            if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels)
-        }
+        capacities = {}
+        for node in ray.nodes():
+            if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels):
+                free_here = free.get(node["NodeID"], {})
+                capacities[node["NodeID"]] = num_workers_that_fit(
+                    free_here, worker_resources(config)
+                )
+
         nodes = assign_nodes(capacities, num_workers, config.cluster.workers_per_node)
         if nodes is not None:
             return [{**config.cluster.labels, NODE_ID_LABEL: node} for node in nodes]
+
+        # Ray's own error, after which it plans the group again, perhaps with fewer workers.
         if time.monotonic() > until:
             raise WorkerGroupStartupTimeoutError(num_workers)
         time.sleep(POLL_S)
@@ -204,6 +216,7 @@ class ActorClient:
 
     def add_line(self, kind: LineKind, text: str) -> None:
         """Send a line for the driver."""
+        # Without waiting: output must not hold up a supervisor, and a lost line costs little.
         self._actor.add_line.remote(kind, text)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -227,8 +240,11 @@ def checkpoint_reporter() -> Callable[[str, dict[str, float]], None]:
     def report_checkpoint(url: str, metrics: dict[str, float]) -> None:
         from ray.train import Checkpoint, CheckpointUploadMode, report
 
+        # Without a file system Ray takes the path as local.
         arrow_fs, path = filesystem.arrow_filesystem(url)
         checkpoint = Checkpoint(path, None if filesystem.is_local(url) else arrow_fs)
+
+        # The checkpoint is committed already; Ray would copy it to its own folder.
         report(
             metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
         )

@@ -208,7 +208,7 @@ def test_prompt_template_comes_from_the_folder(base, tmp_path):
     local.run(load_config(document))
     api.export(load_config(document), str(tmp_path / "out"))
     predictor = Predictor(str(tmp_path / "out"))
-    assert predictor.task.pooling == "first"
+    assert predictor.task.section.pooling == "first"
     (prediction,) = predictor.predict([{"text": "the quick fox"}])
     with torch.no_grad():
         model = AutoModel.from_pretrained(tmp_path / "out").eval()

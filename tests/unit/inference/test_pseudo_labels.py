@@ -16,6 +16,7 @@ from dist_ft.core.errors import ModelError
 from dist_ft.inference.predict import Predictor
 from dist_ft.inference.pseudo_labels import pseudo_label
 from dist_ft.runtime import local
+from dist_ft.tasks.base import make_task
 
 KIND = "sequence_classification"
 
@@ -82,7 +83,7 @@ def test_rows_with_a_label_are_left_out(trained):
 
 def test_model_without_one_label_per_text_is_refused(trained):
     predictor = Predictor(trained[1])
-    predictor.task = predictor.task.model_copy(update={"name": "multi_label"})
+    predictor.task = make_task(predictor.task.section.model_copy(update={"name": "multi_label"}))
     with pytest.raises(ModelError, match="a model of task multi_label does not choose one label"):
         pseudo_label(predictor, iter(()), 0.5)
 

@@ -77,7 +77,7 @@ def test_other_tasks_have_no_labels(labels):
 def test_one_label_is_refused(labels):
     find, store = labels
     with pytest.raises(
-        DataError, match=r"its rows have 1 label \(yes\)\. At least two different labels are needed"
+        DataError, match=r"its rows have 1 label \(yes\)\. The minimum is 2 different ones"
     ):
         find(rows("yes", "yes"))
     assert not store.exists(LABELS_FILE)
