@@ -18,6 +18,7 @@ def init(folder: Folder, tiny: Tiny = False) -> None:
     \b
     Examples:
       dist-ft init --tiny mine
+      dist-ft init --tiny /tmp/try
 
     Next: dist-ft train mine/run.yaml
     """
