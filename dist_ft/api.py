@@ -4,7 +4,7 @@
     result = train(config)
     export(config, "out/")
 
-A thin layer over the packages below it. It decides only in which process a run starts.
+A thin layer over the packages below it: it checks arguments and chooses where a run trains.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.schema import RunConfig
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 
 
 class WrittenShards(NamedTuple):
-    """The number of shards of a data set, and how many of them this call wrote."""
+    """Number of shards of the written data, and how many of them this call wrote."""
 
     num_shards: int
     num_written: int
 
 
 def check(config: RunConfig) -> list[str]:
-    """Return one line for each problem of this run that can be found without a GPU."""
+    """Return one line for each problem of the run that can be found before it starts."""
     from dist_ft.runtime.preflight import check_run
 
     return check_run.check(config)
@@ -46,7 +47,7 @@ def check(config: RunConfig) -> list[str]:
 def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
     """Return the first samples, with target tokens marked, and the statistics of an epoch.
 
-    Tokenizes the training data (cached for the run). Writes nothing to the run's storage.
+    Tokenizes the training data; the run reuses the tokens. Writes nothing to the run's storage.
 
     Args:
         config: the run.
@@ -60,7 +61,7 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
 
 
 def pack_stats(config: RunConfig) -> str:
-    """Return a table of packing efficiency at batch.sequence_length, half of it and twice of it."""
+    """Return a table of packing efficiency at half, once and twice batch.sequence_length."""
     from dist_ft.data.tools import preview as preview_tools
 
     with _open_training_loader(config) as loader:
@@ -78,13 +79,14 @@ def write_data(
 
     Args:
         config: the run. Uses its data.train; with `tokenize`, also its tokenizer and data fields.
-        out: folder or fsspec URL.
+        out: folder or fsspec URL. Resumes if it has some shards of the same data.
         suffix: parquet or jsonl.
         shard_mib: source data of one shard, in MiB.
         tokenize: write `input_ids` and `targets` instead of rows.
 
     Raises:
         ConfigError: `tokenize` with another task than causal_lm.
+        DataError: `out` has other data.
     """
     from dist_ft.checkpoint import initial_weights
     from dist_ft.data.tools.rewrite import rewrite_blocks
@@ -124,7 +126,7 @@ def _open_training_loader(config: RunConfig) -> Iterator[Loader]:
 
     filesystem.configure(config.storage.options)
 
-    # In memory: labels and index must not be written into a run, which may be training now.
+    # In memory: labels and index must not be written into the run, which may be training now.
     store, world = filesystem.Store(f"memory://preview-{uuid4().hex}"), World()
     comms = collectives(world)
     model = initial_weights.resolve_for_inspection(config)
@@ -282,8 +284,7 @@ def predict(
     Args:
         model: folder, URL or hub name.
         paths: files, folders, globs or URLs of rows; `dist-ft predict --help` lists their columns.
-        out: local file (.jsonl), or folder or URL for shards. If `out` has predictions of the same
-            rows, the rest is added.
+        out: local .jsonl file, or folder or URL for shards. Resumes if it has some of these rows.
         workers: number of Ray workers that write shards, each with the model; 0: this process.
         suffix: format of shards, jsonl or parquet.
         batch: number of rows in a batch.
@@ -297,7 +298,7 @@ def predict(
     """
     from dist_ft.config.schema import Source
     from dist_ft.data.sources import readers
-    from dist_ft.data.sources.discovery import Shard, discover_shards
+    from dist_ft.data.sources.discovery import discover_shards
     from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
     from dist_ft.inference.predict_folder import WrittenPredictions, predict_folder
@@ -311,7 +312,7 @@ def predict(
             "predict",
         )
 
-    # Workers write in any order, and rows of one file must be in the order of the input.
+    # Workers finish in any order, but the rows of one file must be in the order of the input.
     if out.endswith(".jsonl") and (workers or suffix != "jsonl"):
         raise ConfigError(
             [
@@ -321,10 +322,9 @@ def predict(
             "predict",
         )
 
-    names = [paths] if isinstance(paths, str) else list(paths)
-    shards: list[Shard] = []
-    for shards_of_source in discover_shards([Source(path=path) for path in names], "PATH"):
-        shards.extend(shards_of_source)
+    inputs = [paths] if isinstance(paths, str) else list(paths)
+    shards_by_source = discover_shards([Source(path=path) for path in inputs], "PATH")
+    shards = list(chain.from_iterable(shards_by_source))
     options = PredictionOptions(batch, max_new_tokens, strategy)
     if out.endswith(".jsonl"):
         rows = (row for shard in shards for row in readers.iter_rows(shard))
@@ -349,7 +349,7 @@ def evaluate(
 
 
 def report(run: RunConfig | str) -> Report:
-    """Return a run's report as JSON values: curves, tables, most confident errors, config."""
+    """Return a run's report as JSON values: curves, tables, most confident errors and config."""
     from dist_ft.runs.report import gather
     from dist_ft.storage import filesystem
 
@@ -360,7 +360,7 @@ def report(run: RunConfig | str) -> Report:
 
 
 def next_step(folder: str) -> str:
-    """Return the suggested next step with an exported folder, according to its task."""
+    """Return what to do next with an exported folder: a command or a hint, by its task."""
     import json
     from pathlib import Path
 

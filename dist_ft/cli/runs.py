@@ -18,7 +18,12 @@ HELP = (
 
 
 def commands(register: Callable[..., Any]) -> None:
-    """Pass every command to `register`, which takes (function) or (function, name)."""
+    """Register every command of this module.
+
+    Args:
+        register: takes (function) or (function, name); without a name, the command has the
+            function's.
+    """
     register(list_runs, "list")
     for command in (show, watch, report, verify, diff, prune):
         register(command)
@@ -44,7 +49,7 @@ def list_runs(
 
 
 def show(run: Run, overrides: Overrides = None) -> None:
-    """Show a run's attempts with their workers, where it hung, and its checkpoints.
+    """Show a run's attempts, workers that hung, checkpoints, and where time went.
 
     \b
     Examples:
@@ -88,7 +93,7 @@ def report(
         bool,
         typer.Option(
             "--attributions",
-            help="Also show which tokens led to the errors, by the model (integrated gradients).",
+            help="Also show which tokens led to the errors (integrated gradients). Runs the model.",
         ),
     ] = False,
 ) -> None:
@@ -112,7 +117,7 @@ def report(
     url = run_url(run, overrides)
     content = gather(url)
 
-    # Only attributions load the model and heavy libraries. All else is what the run stored.
+    # Only attributions need the model and heavy libraries. All else was stored by the run.
     if attributions and content["examples"]:
         from dist_ft.core.logs import quiet_third_parties
         from dist_ft.inference.attributions import attribute
@@ -147,7 +152,7 @@ def verify(run: Run, overrides: Overrides = None) -> None:
     from dist_ft.core.logs import redact
     from dist_ft.runs import catalog
 
-    # Printed one by one: reading every byte of a large checkpoint takes minutes.
+    # Print each result as it comes: reading every byte of a large checkpoint takes minutes.
     damaged = False
     for name, problem in catalog.verify(run_url(run, overrides)):
         damaged |= bool(problem)
@@ -212,16 +217,16 @@ def prune(
     from dist_ft.config.schema import CheckpointSection
     from dist_ft.runs import catalog
 
-    # The options replace the run's own retention, which the run has applied already.
+    # Not combined with the retention in the run's config, which the run has already applied.
     section = CheckpointSection(
         keep_last=keep_last, keep_every_steps=keep_every_steps, keep_best=keep_best
     )
-    removed = catalog.prune(run_url(run, overrides), section, yes)
+    dropped = catalog.prune(run_url(run, overrides), section, yes)
     verb = "removed" if yes else "would remove"
-    for name in removed:
+    for name in dropped:
         typer.echo(f"{verb}: {name}")
 
-    plural = "" if len(removed) == 1 else "s"
-    count = f"{len(removed)} checkpoint{plural}"
-    hint = "; add --yes to remove" if removed and not yes else ""
+    plural = "" if len(dropped) == 1 else "s"
+    count = f"{len(dropped)} checkpoint{plural}"
+    hint = "; add --yes to remove" if dropped and not yes else ""
     typer.echo(count + hint)

@@ -1,7 +1,8 @@
-"""The file of `dist-ft tune`: the config fields to tune, their values, and the algorithm.
+"""The search file of `dist-ft tune`: the config fields to tune, their values, and the algorithm.
 
-Points of a grid and random points are pure functions of the file (of seed and number), so an
-interrupted search resumes with the same ones. Does not run anything.
+A point is one value for each of these fields. The points of a grid or random search are pure
+functions of the file and the trial's number, so an interrupted search resumes with the same ones.
+`workflows.search` runs the trials.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dist_ft.config.sections.section import Section
 from dist_ft.core.errors import ConfigError
 
 # 42 characters, so that run names with "-t999" have at most the 47 of run.name.
-NAME = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
+NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 DEFAULT_TRIALS = 10
 
 
@@ -38,8 +39,8 @@ class Range(Section):
     log: bool = Field(False, description="Sample uniformly on a logarithmic scale.")
 
     @model_validator(mode="after")
-    def _is_one(self) -> Range:
-        # pydantic prefixes these texts; `_line` takes the prefix off again.
+    def _check_kind(self) -> Range:
+        # pydantic puts "Value error, " before these texts; `_line` removes it.
         if bool(self.values) == (self.low is not None and self.high is not None):
             raise ValueError("either values, or low and high, are needed")
         if self.low is not None and self.high is not None and not self.low < self.high:
@@ -58,10 +59,11 @@ class Range(Section):
         if self.values:
             return self.values[rng.randrange(len(self.values))]
 
+        # Without values both ends are set: `or 0` is for the type checker only.
         low, high = float(self.low or 0), float(self.high or 0)
         if self.is_whole:
-            # Half a unit more on both sides makes the ends as likely as other values after
-            # rounding. The 1e-9 keeps a draw at the very edge from being rounded beyond the range.
+            # Half a unit more on both sides: after rounding, the ends are as likely as the values
+            # between. The 1e-9 keeps a draw at the very edge from being rounded beyond the range.
             low, high = low - 0.5 + 1e-9, high + 0.5 - 1e-9
 
         if self.log:
@@ -75,7 +77,7 @@ class Range(Section):
 
 
 def _as_range(value: Any) -> Any:
-    """Accept a list of values."""
+    """Return the short form of a range, a list of values, in the long form."""
     return {"values": value} if isinstance(value, list | tuple) else value
 
 
@@ -89,17 +91,18 @@ class AshaSection(Section):
         3,
         ge=2,
         description=(
-            "Factor between the steps of two rungs; at each rung one trial of this number "
-            "continues."
+            "Factor between the steps of two rungs. At each rung, the best 1/reduction of the "
+            "trials continue."
         ),
     )
 
 
 class SearchSection(Section):
-    """The whole file."""
+    """The whole search file."""
 
     name: str = Field(
-        pattern=NAME, description="Name of the search; its runs are <name>-t0, <name>-t1, ..."
+        pattern=NAME_PATTERN,
+        description="Name of the search; its runs are <name>-t0, <name>-t1, ...",
     )
     search: Literal["random", "grid", "optuna"] = Field(
         "random",
@@ -114,7 +117,7 @@ class SearchSection(Section):
     max_concurrent: int = Field(
         1,
         ge=1,
-        description="Trials that run at the same time, each in a process, as CPUs allow.",
+        description="Maximum number of trials at the same time, each in a process, as CPUs allow.",
     )
     seed: int = Field(0, ge=0, description="Seed of the search; the runs use run.seed.")
     space: dict[str, Annotated[Range, BeforeValidator(_as_range)]] = Field(
@@ -135,20 +138,27 @@ class SearchSection(Section):
         return self.trials or DEFAULT_TRIALS
 
     def point(self, number: int) -> dict[str, Any]:
-        """Return {field: value} of trial `number`; not of optuna, which uses previous results."""
+        """Return {field: value} of trial `number` of a grid or random search.
+
+        Optuna's points also depend on the results of previous trials.
+        """
         if self.search == "grid":
             combinations = itertools.product(*(choice.values for choice in self.space.values()))
             combination = next(itertools.islice(combinations, number, None))
             return dict(zip(self.space, combination, strict=True))
 
-        # A generator of its own for each trial, so that a resumed search draws the same points
-        # without those before. Seeded by text: Python hashes it by SHA-512, the same everywhere.
+        # A generator for each trial, so that a resumed search can draw a point without those
+        # before. Python hashes a seed that is text by SHA-512, the same on every machine.
         rng = random.Random(f"{self.seed} {number}")
         return {field: choice.draw(rng) for field, choice in self.space.items()}
 
 
 class Search:
-    """A search over a config."""
+    """A search over a base config.
+
+    Attributes:
+        section: the search file.
+    """
 
     def __init__(
         self, section: SearchSection, document: Mapping[str, Any], overrides: Sequence[str]
@@ -158,7 +168,11 @@ class Search:
         self._overrides = overrides
 
     def config(self, values: Mapping[str, Any], number: int = 0) -> RunConfig:
-        """Return the run of a trial; raises ConfigError if its fields contradict each other."""
+        """Return the config of trial `number` with `values`.
+
+        Raises:
+            ConfigError: lists all problems of this config.
+        """
         inspected = self._inspect(values, number)
         if inspected.problems:
             raise ConfigError(inspected.problems, f"trial {number}")
@@ -167,8 +181,8 @@ class Search:
     def _inspect(self, values: Mapping[str, Any], number: int) -> InspectedConfig:
         mapping, invalid_overrides = apply_overrides(self._document, self._overrides, is_text)
 
-        # After the overrides, which are the same for all trials. The name is last: it makes the
-        # trial a run of its own, whatever the other fields say.
+        # After the overrides, so that the values of the trial take precedence. The name comes last:
+        # each trial needs its own, even if run.name is overridden or searched.
         fields = {**values, "run.name": f"{self.section.name}-t{number}"}
         for field, value in fields.items():
             mapping = with_field(mapping, field.split("."), value)
@@ -179,7 +193,8 @@ class Search:
     def problems(self) -> list[str]:
         """Return the distinct problems of the trials' configs.
 
-        All points of a grid or random search are checked, and the ends of optuna's ranges.
+        Covers all points of a grid or random search; for optuna, each listed value and the ends of
+        each range.
         """
         # A dictionary as an ordered set: most problems are those of the base config, in each trial.
         found: dict[str, None] = {}
@@ -197,26 +212,26 @@ class Search:
         if section.search != "optuna":
             return [section.point(number) for number in range(section.num_trials)]
 
-        # Which points optuna will choose is not known. One field at a time goes through its ends:
-        # all combinations of ends would be 2 to the power of the number of fields.
-        ends_of_fields = {}
+        # The points that optuna will choose are not known. One field at a time goes through its
+        # values or ends: the number of all combinations grows exponentially with the fields.
+        values_by_field = {}
         for field, choice in section.space.items():
-            ends_of_fields[field] = choice.values or (choice.low, choice.high)
-        first = {field: ends[0] for field, ends in ends_of_fields.items()}
+            values_by_field[field] = choice.values or (choice.low, choice.high)
+        first = {field: values[0] for field, values in values_by_field.items()}
 
         points = [first]
-        for field, ends in ends_of_fields.items():
-            for value in ends:
+        for field, values in values_by_field.items():
+            for value in values:
                 points.append({**first, field: value})
         return points
 
 
 def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search:
-    """Return the search in the YAML file `path` over the config file `config`.
+    """Return the search in the search file `path` over the config in `config`.
 
     Args:
-        config: file of the base config.
-        path: file of the search.
+        config: path or URL of the base config.
+        path: path or URL of the search file.
         overrides: section.field=value, set in all trials.
 
     Raises:
@@ -241,7 +256,7 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
                     "some, or use search=random."
                 )
 
-    # The points of a broken search cannot be computed, so trials are only checked without problems.
+    # The trials are checked only if the file has no problems: a grid with a range has no points.
     search = Search(section, base, overrides)
     problems = problems or search.problems()
     if problems:
@@ -250,11 +265,11 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
 
 
 def _line(error: Any) -> str:
-    """Return the line for one of pydantic's errors."""
+    """Return the line for one of pydantic's errors about the search file."""
     location = error["loc"]
     fields = SearchSection.model_fields
 
-    # An unknown key has no description; the fields of the section are what is allowed then.
+    # An unknown key has no description: the fields of the section are allowed instead.
     info = fields.get(str(location[0])) if location else None
     allowed = str(info.description).rstrip(".") if info else ", ".join(fields)
 

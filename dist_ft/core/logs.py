@@ -96,9 +96,10 @@ def setup_logging(
     # A handler that some library adds to the root logger would print each line again, and with
     # credentials.
     logger.propagate = False
-    logger.setLevel(logging.WARNING)
+    threshold: int | str = logging.WARNING
     if rank == 0:
-        logger.setLevel(level.upper())
+        threshold = level.upper()
+    logger.setLevel(threshold)
 
     quiet_third_parties()
 

@@ -2,12 +2,14 @@
 
 Sundararajan et al., arXiv:1703.01365; computed by captum.
 
-The model of a checkpoint is run again on the examples that an evaluation stored. The weight of a
-token is its share of the predicted score (the logit of the label, of the wrong tags, of the ends of
-the answer), compared with a text of padding; tokens with positive weights raised the score. The
-weights of a text sum up to about the difference between the two scores. Float32 on the CPU.
+The model of a checkpoint runs again on the examples that an evaluation stored, in float32 on the
+CPU. The baseline of a text is the same text with padding tokens in place of its words. The
+attribution of a token is its part of the difference between the predicted scores of the text and of
+the baseline; a positive one raised the score. The attributions of a text sum to about the whole
+difference. The predicted score is the sum of the logits of the predicted labels, of the wrong tags,
+or of the two ends of the answer.
 
-Dimensions: B points on the path, T tokens of the text, H hidden size.
+Dimensions: B points on the path from the baseline to the text, T tokens of the text, H hidden size.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import Task, make_task
 
 NUM_STEPS = 32
-"""Points on the path from padding to the text."""
+"""Points on the path from the baseline to the text."""
 BATCH_SIZE = 8
+"""Points in one forward pass."""
 
 
 class AttributionInfo(TypedDict):
-    """Where attributions come from: step of the checkpoint, and method."""
+    """How attributions were computed: step of the checkpoint, and method as text."""
 
     step: int
     method: str
@@ -36,7 +39,7 @@ class AttributionInfo(TypedDict):
 def attribute(
     store: Store, examples: Sequence[dict[str, Any]], step: int | None
 ) -> AttributionInfo:
-    """Add `tokens`, [text, weight] of each token except the special ones, to `examples`.
+    """Add `tokens` to each example, in place: [text, attribution] of all but special tokens.
 
     Args:
         store: store of the run.
@@ -46,7 +49,7 @@ def attribute(
 
     Raises:
         ConfigError: captum is not installed.
-        CheckpointError: the run has no sound checkpoint.
+        CheckpointError: the run has no intact checkpoint.
     """
     import torch
 
@@ -77,27 +80,27 @@ def attribute(
 
     for example in examples:
         ids = example["ids"]
-        # Special tokens are the same at both ends of the path, so their weight is 0 and the whole
-        # difference in score goes to the words.
-        padding = [token if token in special_ids else pad_id for token in ids]
-        method = LayerIntegratedGradients(
+        # The baseline keeps special tokens, so their attributions are 0 and the whole difference in
+        # score goes to the words.
+        baseline = [token if token in special_ids else pad_id for token in ids]
+        integrated_gradients = LayerIntegratedGradients(
             _score_function(task_model, task, example["at"]),
             model.get_input_embeddings(),
         )
-        gradients = method.attribute(
+        attributions = integrated_gradients.attribute(
             torch.tensor([ids]),
-            baselines=torch.tensor([padding]),
+            baselines=torch.tensor([baseline]),
             n_steps=NUM_STEPS,
             internal_batch_size=BATCH_SIZE,
         )  # (1, T, H)
 
-        # The share of a token is the sum over the dimensions of its input vector.
-        weights = gradients.sum(-1)[0].detach().tolist()
+        # The attribution of a token is the sum over the dimensions of its embedding.
+        token_attributions = attributions.sum(-1)[0].detach().tolist()  # (T,)
         tokens = []
         texts = token_texts(tokenizer, ids)
-        for token, text, weight in zip(ids, texts, weights, strict=True):
+        for token, text, attribution in zip(ids, texts, token_attributions, strict=True):
             if token not in special_ids:
-                tokens.append([text, round(weight, 6)])
+                tokens.append([text, round(attribution, 6)])
         example["tokens"] = tokens
 
     return {
@@ -107,14 +110,14 @@ def attribute(
 
 
 def _find_manifest(store: Store, step: int | None) -> manifests.Manifest:
-    """Return the manifest of the checkpoint of `step`, or of the latest if that is gone."""
+    """Return the manifest of the checkpoint of `step`, or of the latest if that was removed."""
     committed_steps = []
     for name in discovery.list_committed(store):
         committed_step, _ = manifests.parse_folder(name) or (0, 0)
         committed_steps.append(committed_step)
 
-    # Retention may have removed it since the evaluation. The latest stands in for it; the step that
-    # is used is part of the result.
+    # Retention may have removed it since the evaluation. `attribute` returns the step that was used
+    # instead.
     if step not in committed_steps:
         step = None
 
@@ -125,8 +128,9 @@ def _score_function(task_model: Any, task: Task, at: Any) -> Callable[[Any], Any
     """Return the function whose gradients are computed: ids (B, T) to the predicted score (B,)."""
     import torch
 
-    # All points on the path have the tokens of one text, without padding at its end: (B, T) ones.
     def score(ids: Any) -> Any:
+        # The mask is all ones: the B points have the same length, and the padding tokens of the
+        # baseline are attended to like the words they replace.
         outputs = task_model.run_model(ids, torch.ones_like(ids))
         return task.score_for_attribution(outputs, at)
 
@@ -134,12 +138,12 @@ def _score_function(task_model: Any, task: Task, at: Any) -> Callable[[Any], Any
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, in order; the start of a word has a space in front."""
+    """Return the text of each token, in order, with a space before the start of a word."""
     names = tokenizer.convert_ids_to_tokens(list(ids))
     is_word_piece = '"WordPiece"' in tokenizer.backend_tokenizer.to_str()[-(10**7) :]
     texts = []
     for token, name in zip(ids, names, strict=True):
-        # WordPiece marks the tokens that continue a word.
+        # WordPiece marks the tokens that continue a word, by ##.
         if is_word_piece:
             if name.startswith("##"):
                 texts.append(name[2:])
@@ -147,8 +151,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
                 texts.append(f" {name}")
             continue
 
-        # Byte-level BPE and SentencePiece mark those that start one. Their names spell bytes, so
-        # the text itself comes from the decoder, which may drop the blank in front.
+        # Byte-level BPE and SentencePiece mark those that start one, by Ġ or ▁. In the names of
+        # byte-level tokens each byte is a character, so the text comes from the decoder, which may
+        # drop the space in front.
         text = str(tokenizer.decode([token]))
         if name.startswith(("Ġ", "▁")):
             text = f" {text.lstrip()}"

@@ -1,4 +1,4 @@
-"""An exported model that is prompted for labels, as it was in training, with its examples.
+"""Classification by an exported model that is prompted, with the same prompts as in its run.
 
 Dimensions: B texts, T tokens of the longest prompt, K labels.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PromptedClassifier:
-    """A causal model that is prompted for the label of texts."""
+    """A causal model that scores the labels of a text by the words of each label after a prompt."""
 
     def __init__(
         self,
@@ -28,27 +28,46 @@ class PromptedClassifier:
         tokenizer: Any,
         task: TaskSection,
         prompting: PromptingSection,
-        max_prompt_tokens: int,
+        sequence_length: int,
     ) -> None:
-        """Wrap a loaded model; `prompting` has its examples in its templates."""
+        """Wrap a loaded model.
+
+        Args:
+            model: the model; it stays on its device.
+            tokenizer: its tokenizer.
+            task: the task, with labels.
+            prompting: how the model is prompted. The template already holds the examples.
+            sequence_length: most tokens of a prompt and the longest label together.
+
+        Raises:
+            ConfigError: two labels have the same tokens.
+            ModelError: the model cannot be prompted, or not with sequences of this length.
+        """
         from dist_ft.data.encoding.prompt_encoder import PromptEncoder
         from dist_ft.model.label_prompting import LabelPromptModel
         from dist_ft.model.task_models import SpecialTokens
 
-        # The encoder takes the section of a run. Its `train` is required, but not read here; a text
-        # that is too long is truncated, as a prediction has no row to drop.
+        # The encoder takes a run's data section, which requires `train`; nothing reads it here.
+        # A text that is too long is truncated, because each row needs a prediction.
         data = DataSection.model_validate({"train": "unused", "overlong": "truncate"})
-        self._encoder = PromptEncoder(tokenizer, data, task, prompting, max_prompt_tokens)
+        self._encoder = PromptEncoder(tokenizer, data, task, prompting, sequence_length)
         special = SpecialTokens.from_tokenizer(tokenizer, model.config)
         self._model = LabelPromptModel(
-            model, task, special, self._encoder.label_words(), max_prompt_tokens
+            model, task, special, self._encoder.label_words(), sequence_length
         )
         self._model.eval()
 
     def scores(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> np.ndarray:
-        """Return the score of each label (B, K) for texts.
+        """Return the scores (B, K) of the labels: the log-probabilities of their words.
 
-        `pairs`: second texts, if rows have them.
+        These are summed or averaged, and calibrated, as `prompting` says.
+
+        Args:
+            texts: the texts.
+            pairs: the second text of each row, if rows have two.
+
+        Raises:
+            DataError: the template alone does not fit into the sequence length.
         """
         import torch
 
@@ -64,14 +83,15 @@ class PromptedClassifier:
                 "Shorter templates are needed. Show fewer examples."
             )
 
-        # Padded on the right: the model scores labels from the length of each prompt.
+        # Padding may be on the right: the model takes the length of each prompt from the mask. No
+        # prompt is None here, `or []` is for the type checker only.
         rows = [torch.tensor(ids or []) for ids in prompts]
         device = self._model.model.device
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, T)
         lengths = torch.tensor([len(row) for row in rows], device=device)
         mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()  # (B, T)
 
-        # The forward also returns a loss, which needs targets; here it is 0.
+        # The model also returns a loss, which is 0 without targets and not used.
         no_targets = torch.full_like(ids, IGNORE_INDEX)
         with torch.inference_mode():
             _, scores = self._model(ids, mask, no_targets, return_outputs=True)  # (B, K)

@@ -1,7 +1,7 @@
-"""Robustness scores of a model, in addition to its metrics.
+"""Robustness scores of a model, in addition to its metrics on clean rows.
 
-They are measured on rows out of scope, on rows with typos and on rows with names swapped. Changed
-rows are written into a temporary folder and scored like all others.
+They are computed on out-of-scope rows, on rows with typos and on rows with names swapped. All these
+rows are written into a temporary folder and scored like any other data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from dist_ft.tasks.base import make_task
 
 
 def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
-    """Return metrics on the held-out rows in scope, and the scores of evaluation.robustness."""
+    """Return the metrics on in-scope held-out rows, and the scores of evaluation.robustness.
+
+    Raises:
+        ConfigError: a score of out-of-scope rows is requested, but all rows are in scope, or none.
+        DataError: a row cannot be read, or evaluation.robustness.swaps is not usable.
+    """
     config = model.run.config
     section, task = config.evaluation.robustness, make_task(config.task)
     label = section.out_of_scope_label
@@ -33,12 +38,12 @@ def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
     if not has_out_of_scope and not section.typo_rate and section.swaps is None:
         return dict(model.score(config.evaluation.data).metrics)
 
-    # Rows out of scope have no label of the task, so the metrics leave them out.
+    # The metrics leave out-of-scope rows out, because the model has no label for them.
     in_scope: list[Row] = []
     out_of_scope: list[Row] = []
     for row in _rows(config, config.evaluation.data):
-        is_outside = label is not None and str(row.get(task.columns.label)) == label
-        if is_outside:
+        is_out_of_scope = label is not None and str(row.get(task.columns.label)) == label
+        if is_out_of_scope:
             out_of_scope.append(row)
         else:
             in_scope.append(row)
@@ -48,15 +53,15 @@ def score_with_robustness(model: ModelUnderTest) -> dict[str, Any]:
 
     with _temporary_folder() as folder:
         clean = model.score(_write_source(folder, "clean", in_scope))
-        values = dict(clean.metrics)
+        scores = dict(clean.metrics)
         if has_out_of_scope:
-            values |= _score_out_of_scope(model, clean, in_scope, out_of_scope, folder)
+            scores |= _score_out_of_scope(model, clean, in_scope, out_of_scope, folder)
         if section.typo_rate:
-            values |= _score_typos(model, in_scope, folder)
+            scores |= _score_typos(model, in_scope, folder)
         if section.swaps is not None:
-            values |= _score_swaps(model, in_scope, folder)
+            scores |= _score_swaps(model, in_scope, folder)
 
-    return values
+    return scores
 
 
 def _score_out_of_scope(
@@ -66,7 +71,15 @@ def _score_out_of_scope(
     out_of_scope: list[Row],
     folder: Path,
 ) -> dict[str, float]:
-    """Return how well the model's confidence separates rows out of scope."""
+    """Return the AUROC with which the model's confidence separates out-of-scope from other rows.
+
+    Args:
+        model: the model.
+        clean: its scores on `in_scope`.
+        in_scope: rows with a label of the task.
+        out_of_scope: all other rows.
+        folder: temporary folder for data.
+    """
     config = model.run.config
     if not out_of_scope or not in_scope:
         label = config.evaluation.robustness.out_of_scope_label
@@ -79,7 +92,7 @@ def _score_out_of_scope(
             "evaluate",
         )
 
-    # Readers need a known label; which one makes no difference, for only confidence is used.
+    # A row is read only with a known label. Any will do, because only the confidence is used.
     placeholder = {config.task.columns.label: model.run.labels[0]}
     rows = [{**row, **placeholder} for row in out_of_scope]
     scores = model.score(_write_source(folder, "outside", rows))
@@ -90,12 +103,12 @@ def _score_out_of_scope(
 
 
 def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
-    """Return the metrics on the rows with typos, as `<metric>_typos`."""
+    """Return the task's metrics on `rows` with typos, as `<metric>_typos`."""
     config = model.run.config
     section, task = config.evaluation.robustness, make_task(config.task)
     noisy = []
     for number, row in enumerate(rows):
-        # A function for each row, so that its typos do not depend on the rows before it.
+        # A function per row, so that its typos do not depend on the rows before it.
         add_typos = perturb.make_typo_function(section.typo_rate, section.seed, number)
         noisy.append(perturb.perturb_row(row, task.text_columns(), add_typos))
 
@@ -109,11 +122,17 @@ def _score_typos(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
 
 
 def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[str, float]:
-    """Return how predictions change where names are swapped, over rows with such names."""
-    config = model.run.config
-    task, swap = make_task(config.task), perturb.make_swap_function(_swap_pairs(config))
+    """Return how predictions change when names are swapped, over the rows with such names.
 
-    # Only rows that hold a term of a pair: all others would make the share of changes look small.
+    counterfactual_changed is the fraction of predictions that change, and counterfactual_gap the
+    absolute difference of the task's first metric.
+    """
+    config = model.run.config
+    task = make_task(config.task)
+    swap = perturb.make_swap_function(_swap_pairs(config))
+
+    # Rows without such a name are left out: their predictions cannot change, so that they would
+    # only lower the fraction.
     original, swapped = [], []
     for row in rows:
         changed = perturb.perturb_row(row, task.text_columns(), swap)
@@ -127,7 +146,7 @@ def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
     before = model.score(_write_source(folder, "before", original))
     after = model.score(_write_source(folder, "after", swapped))
 
-    # Decisions are compared, not logits: those differ a little for any change.
+    # Decisions are compared, not logits: any change of a text changes its logits a little.
     share = share_of_changed_predictions(
         [task.decide(predicted) for predicted in before.predicted],
         [task.decide(predicted) for predicted in after.predicted],
@@ -141,7 +160,11 @@ def _score_swaps(model: ModelUnderTest, rows: list[Row], folder: Path) -> dict[s
 
 
 def _swap_pairs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of terms in evaluation.robustness.swaps."""
+    """Yield the pairs of terms in evaluation.robustness.swaps.
+
+    Raises:
+        DataError: a row does not have two terms.
+    """
     path = str(config.evaluation.robustness.swaps)
     rows = _rows(config, (Source(path=path),), "evaluation.robustness.swaps")
     for number, row in enumerate(rows, 1):
@@ -161,8 +184,11 @@ def _is_term(value: Any) -> bool:
 def _rows(
     config: RunConfig, sources: Iterable[Source], field: str = "evaluation.data"
 ) -> Iterator[Row]:
-    """Yield the rows of sources, the first evaluation.max_samples if these are held-out data."""
-    # A file of swaps is no held-out data: all of it is read.
+    """Yield the rows of `sources`; of held-out data the first evaluation.max_samples.
+
+    Bad rows are skipped, or raised as DataError if data.bad_rows is error.
+    """
+    # The limit is for samples: a file of swaps is read as a whole.
     limit = 0
     if field == "evaluation.data":
         limit = config.evaluation.max_samples
@@ -183,8 +209,10 @@ def _temporary_folder() -> Iterator[Path]:
 
 
 def _write_source(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source, ...]:
-    """Write rows as a shard and return it as a source."""
+    """Write `rows` as a shard and return it as a config section has its sources."""
     path = folder / f"{name}.jsonl"
+
+    # Rows of Parquet files may hold values that JSON lacks, such as dates: these become text.
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
     path.write_text("".join(lines), "utf-8")
     return (Source(path=str(path)),)

@@ -125,7 +125,7 @@ def set_labels(config: PretrainedConfig, task: TaskSection, path: str) -> None:
     model = model_task(task)
     model.configure(config)
     names = model.output_names
-    if not names:
+    if not names and not model.has_labels:
         return
 
     if model.has_labels and not task.new_head and has_head(config, task):

@@ -94,7 +94,7 @@ class ModelTask(DataTask):
     """Name of the transformers class."""
     ability: ClassVar[TaskAbility] = TaskAbility("do the task")
     problem_type: ClassVar[str | None] = None
-    """`problem_type` of the model's config; None: not set."""
+    """Of a sequence classification model's config; None: `regression` if it has one output."""
     head_outputs: ClassVar[tuple[str, ...]] = ()
     """Names of the head's outputs, for tasks without labels."""
     weights_are_complete: ClassVar[bool] = False

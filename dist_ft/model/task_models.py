@@ -27,9 +27,6 @@ from dist_ft.model.trainable_model import Inputs, TrainableModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MASKED_LOGIT = -1e9
-"""Logit of positions that cannot hold an answer."""
-
 
 @dataclass(frozen=True)
 class SpecialTokens:

@@ -5,6 +5,7 @@ Sizes are those of the makers' data sheets, in 10^9 bytes; drivers report slight
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from dist_ft.core.errors import ConfigError
@@ -28,6 +29,7 @@ PEAK_TFLOPS = {
     "GB200": 2500,
     "B200": 2250,
     "B100": 1750,
+    "GH200": 989,
     "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
@@ -35,6 +37,7 @@ PEAK_TFLOPS = {
     "H800": 989,
     "H20": 148,
     "A100": 312,
+    "A100X": 312,
     "A800": 312,
     "A40": 150,
     "A10G": 70,
@@ -43,13 +46,14 @@ PEAK_TFLOPS = {
     "L40": 181,
     "L4": 121,
     "V100": 125,
+    "V100S": 130,
     "T4": 65,
     "RTX 4090": 165,
     "RTX 3090": 71,
     "MI300X": 1307,
     "MI250X": 383,
 }
-"""Dense 16-bit matrix products in TFLOP/s, by a part of the name that a device reports."""
+"""Dense 16-bit matrix products in TFLOP/s, by words of the name that a device reports."""
 HEADROOM = 0.1
 """Share of memory for what is not counted: CUDA context, NCCL, workspaces, fragmentation."""
 GPUS_PER_NODE = 8
@@ -115,8 +119,10 @@ def fewest_workers(
 
 def peak_tflops(name: str) -> float | None:
     """Return the 16-bit peak of a device in TFLOP/s by its name; None: unknown."""
-    # The first match counts: in the table, longer names come before those they contain (L40S, L40).
+    # The first match counts: in the table, longer names come before those they contain (H100 PCIe,
+    # H100). Only whole words: an RTX A4000 is no A40, and another letter is another speed (A10G).
     for part, peak in PEAK_TFLOPS.items():
-        if part.lower() in name.lower():
+        whole_words = rf"(?<![a-z0-9]){part}(?![a-z0-9])"
+        if re.search(whole_words, name, re.IGNORECASE):
             return float(peak)
     return None

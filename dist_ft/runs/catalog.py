@@ -170,9 +170,10 @@ def describe_all(url: str) -> str:
 def describe(url: str) -> str:
     """Return a table of a run's attempts, checkpoints and time."""
     store = open_run(url)
+    attempt_lines = attempts(store)
     checkpoint_lines = [_checkpoint_line(item) for item in checkpoints(store)]
     rows = [
-        *_titled("attempt", attempts(store)),
+        *_titled("attempt", attempt_lines),
         *_titled("checkpoint", checkpoint_lines),
         *_titled("time", list(time_accounting.lines(store))),
     ]

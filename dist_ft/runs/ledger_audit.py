@@ -107,7 +107,7 @@ def audit(url: str) -> Audit:
 
     return Audit(
         latest.progress.step,
-        len(set(store.list(discovery.ATTEMPTS))),
+        _count_attempts(store),
         len(rows),
         tuple(_count_epochs(rows, index, plan, config, latest.progress.step)),
     )
@@ -144,6 +144,17 @@ def _stored_config(store: Store) -> RunConfig:
         )
 
     return load_stored_config(store)
+
+
+def _count_attempts(store: Store) -> int:
+    """Return the number of attempts of the run."""
+    # Not the highest number: numbers may be left out. The folder also holds stacks of hung workers.
+    num_attempts = 0
+    for name in store.list(discovery.ATTEMPTS):
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "json" and stem.isdigit():
+            num_attempts += 1
+    return num_attempts
 
 
 def _count_epochs(

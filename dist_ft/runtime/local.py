@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap import network_check
 from dist_ft.training.console import Console
@@ -59,13 +60,22 @@ def run(config: RunConfig, context: RunContext | None = None) -> Result:
 
 @contextlib.contextmanager
 def _process_group(config: RunConfig, world: World) -> Iterator[None]:
-    """Join the other ranks; DeepSpeed needs a process group even for one rank."""
+    """Join the other ranks; DeepSpeed needs a process group even for one rank.
+
+    Raises:
+        ConfigError: there are other ranks, but no address to meet them.
+    """
     if config.max_workers == 0 and world.num_ranks == 1:
         yield
         return
 
     import torch
     import torch.distributed as dist
+
+    # A caller that has a process group of its own keeps it.
+    is_owner = not dist.is_initialized()
+    if is_owner and world.num_ranks > 1:
+        _require_address(world)
 
     joined_process_group.set()
     use_gpu = config.cluster.gpus_per_worker > 0
@@ -80,8 +90,6 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
         os.environ["WORLD_SIZE"] = "1"
 
-    # A caller that has a process group of its own keeps it.
-    is_owner = not dist.is_initialized()
     if is_owner:
         # The backends read the variables of network interfaces only here.
         network_check.configure_interfaces(config)
@@ -95,6 +103,19 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     finally:
         if is_owner:
             dist.destroy_process_group()
+
+
+def _require_address(world: World) -> None:
+    """Raise ConfigError without an address of rank 0: each process would train on its own."""
+    if "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            [
+                f"MASTER_ADDR: not set, although WORLD_SIZE={world.num_ranks}. The processes of a "
+                "run need the address of rank 0 in MASTER_ADDR and MASTER_PORT. Start them with "
+                "torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to run alone."
+            ],
+            "environment",
+        )
 
 
 def _free_port() -> int:

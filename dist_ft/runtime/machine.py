@@ -67,7 +67,7 @@ def describe(use_gpu: bool) -> NodeDescription:
         "gpus": [],
     }
 
-    # Querying GPUs imports torch and creates a CUDA context, which takes memory on each of them.
+    # Only on request: it imports torch and initializes CUDA, which takes seconds.
     if use_gpu:
         _add_gpus(description)
 

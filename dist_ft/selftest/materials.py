@@ -95,7 +95,7 @@ def instruction_pairs(count: int) -> list[dict[str, str]]:
     rng = random.Random(0)
     rows = []
     for _ in range(count):
-        # in this order: the generator's state makes the rows bit-equal each time
+        # drawn in this order: another one would give other rows
         prompt_words = rng.choices(WORDS, k=rng.randint(1, 8))
         response_words = rng.choices(WORDS, k=rng.randint(4, 40))
         rows.append(

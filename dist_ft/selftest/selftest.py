@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -310,10 +311,17 @@ def _anonymize(network: dict[str, Any] | None) -> dict[str, Any] | None:
     if network is None:
         return None
 
-    # a report is pasted into public issues; links name nodes by number already
-    slow = list(network["slow"])
+    number_of: dict[str, int] = {}
     for number, name in enumerate(network["nodes"]):
-        slow = [line.replace(name, str(number)) for line in slow]
+        number_of.setdefault(name, number)
+
+    # All names in one pass, and whole words only: node-1 is also the start of node-10, and a number
+    # that was put in must not be taken for a name.
+    alternatives = "|".join(map(re.escape, number_of))
+    names = re.compile(rf"(?<!\S)({alternatives})(?=[\s:]|$)")
+
+    # a report is pasted into public issues; links name nodes by number already
+    slow = [names.sub(lambda match: str(number_of[match[0]]), line) for line in network["slow"]]
     rest = {key: value for key, value in network.items() if key not in ("machines", "nodes")}
     return {**rest, "num_nodes": len(network["nodes"]), "slow": slow}
 

@@ -83,7 +83,7 @@ class QuestionAnswering(Task):
 
     @override
     def recipe(self) -> Mapping[str, str | int]:
-        return {"labels": "spans"}
+        return {**super().recipe(), "labels": "spans"}
 
     @override
     def read(self, row: Row, location: RowLocation) -> Sample:

@@ -46,6 +46,7 @@ class SequenceClassification(Task):
     virtual_token_type = "SEQ_CLS"
     auto_class = "AutoModelForSequenceClassification"
     ability = TaskAbility("classify texts")
+    problem_type = "single_label_classification"
     describes_errors = True
 
     @override

@@ -8,6 +8,7 @@ one history.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -74,15 +75,28 @@ class MetricsLog:
         self._lines.append((step, _encode(line)))
         self._trackers.add(step, kind, values)
         if self._tensorboard:
-            writer = self._summary_writer()
-            for name, value in values.items():
-                writer.add_scalar(f"{kind}/{name}", value, step)
+            self._add_events(step, kind, values)
 
         if time.monotonic() > self._next_flush_s:
             self.flush()
 
+    def _add_events(self, step: int, kind: str, values: dict[str, float]) -> None:
+        writer = self._summary_writer()
+        try:
+            for name, value in values.items():
+                writer.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            # TensorBoard's thread opens the file at each write, and its error is raised here.
+            self._give_up_tensorboard(error)
+
+    def _give_up_tensorboard(self, error: OSError) -> None:
+        """Write no more events: the local files are gone, or the local disk fails."""
+        # A cleaner of temporary files may remove them while a run trains for days.
+        self._tensorboard = False
+        log.warning("TensorBoard gets no more events (%s); training continues", error)
+
     def _summary_writer(self) -> Any:
-        # TensorBoard writes to local files only; `_write` copies them to the run's storage.
+        # TensorBoard writes to local files only; `_copy_events` copies them to the run's storage.
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -121,11 +135,7 @@ class MetricsLog:
                 return
 
             self._store.write(FILE, b"".join(text for _, text in self._lines))
-            if self._writer is not None and self._folder is not None:
-                self._writer.flush()
-                for name in os.listdir(self._folder):
-                    with open(os.path.join(self._folder, name), "rb") as file:
-                        self._store.write(f"{self._target}/{name}", file.read())
+            self._copy_events()
         except StorageError as error:
             log.warning("metrics were not written: %s", error)
 
@@ -134,6 +144,19 @@ class MetricsLog:
         pause_s = FLUSH_PAUSE * (now_s - start_s)
         self._next_flush_s = max(self._next_flush_s, now_s + pause_s)
 
+    def _copy_events(self) -> None:
+        """Copy the files of TensorBoard to the run's storage."""
+        if not self._tensorboard or self._writer is None or self._folder is None:
+            return
+
+        try:
+            self._writer.flush()
+            for name in os.listdir(self._folder):
+                with open(os.path.join(self._folder, name), "rb") as file:
+                    self._store.write(f"{self._target}/{name}", file.read())
+        except OSError as error:
+            self._give_up_tensorboard(error)
+
     def close(self) -> None:
         """Write all lines and remove temporary files."""
         # The flush first: trackers may wait for the network when they are closed.
@@ -141,7 +164,9 @@ class MetricsLog:
         self._thread.shutdown()
         self._trackers.close()
         if self._writer is not None:
-            self._writer.close()
+            # Its files may be gone; all events that could be copied are in storage.
+            with contextlib.suppress(OSError):
+                self._writer.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -1,7 +1,8 @@
-"""Trials on Ray Tune: one process for each, grid, random or Optuna search, early stopping.
+"""Run the trials of a search on Ray Tune, one process each: grid, random or Optuna; early stopping.
 
-The only module that imports `ray.tune`. Nothing that Ray Tune writes is read again: finished trials
-come from `workflows.search`, and are reported to Optuna and to the scheduler again.
+The only module that imports `ray.tune`. Nothing that Ray Tune writes is read again: when a search
+resumes, `workflows.search` passes the finished trials, and they are reported to Optuna and to the
+scheduler once more.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     from dist_ft.workflows.trial import Trial
 
 STEP, VALUE = "step", "value"
-"""What a trial reports: step of an evaluation, best value of checkpoint.best_by up to it."""
+"""What a trial reports: the step of an evaluation, and the best checkpoint.best_by up to it."""
 NO_STEP_LIMIT = 10**9
+"""Stands for the length of a run whose number of steps is not known; no run is this long."""
 
 
 class TrialListener(Protocol):
     """Receives the events of trials, in the process of the search."""
 
     def on_start(self, number: int, values: dict[str, Any]) -> None:
-        """Trial `number` starts."""
+        """Trial `number` starts or resumes; `values` are those of the searched fields."""
 
     def on_evaluation(self, number: int, step: int, value: float) -> None:
         """Trial `number` was evaluated; `value` is its best so far."""
@@ -53,8 +55,11 @@ def run(
         search: the search.
         base: config of a trial, for the fields that all trials share.
         finished: trials that are not run again.
-        unfinished: started trials. They run first, with their values.
+        unfinished: trials that were started but did not finish. They run again, with their values.
         listener: receives the events of trials.
+
+    Raises:
+        ConfigError: the search uses Optuna, which is not installed.
     """
     section = search.section
     num_left = section.num_trials - len(finished)
@@ -66,7 +71,7 @@ def run(
     with connected(base), tempfile.TemporaryDirectory(prefix="dist-ft-tune-") as scratch:
         import ray.tune as tune
 
-        # Ray Tune has its own lower-case names for these two, and passes all others on to Ray.
+        # Ray Tune has lower-case names for CPUs and GPUs. It passes all other names on to Ray.
         resources = {
             **worker_resources(base),
             "cpu": base.cluster.cpus_per_worker,
@@ -77,12 +82,13 @@ def run(
             searcher = _optuna_searcher(section, mode, finished, unfinished)
             num_samples = num_left
         else:
+            # Also for a random search, whose points are known: Ray Tune only goes through them. Its
+            # grid is one sample, with a trial for each point.
             space = {"trial": tune.grid_search(_remaining_points(section, finished))}
             searcher = None
-            # a grid has a sample for each of its points already
             num_samples = 1
 
-        # what Ray Tune stores is never read again, so its folder is deleted with this call
+        # What Ray Tune stores is never read again, so its folder is deleted with this call.
         tune.Tuner(
             tune.with_resources(_trainable(search), resources),
             param_space=space,
@@ -106,9 +112,9 @@ def _configure_ray_tune() -> None:
 
 
 def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
-    """Return the function that a process of Ray Tune runs: one trial."""
-    # The process of a trial starts in a folder of Ray's, but paths of the config are relative to
-    # this one, which may not exist on other nodes.
+    """Return the function that runs one trial, in a process of Ray Tune."""
+    # Ray Tune starts this process in a folder of its own, but paths in the config are relative to
+    # the current folder, which may not exist on other nodes.
     folder = os.getcwd()
 
     def train(params: dict[str, Any]) -> None:
@@ -126,7 +132,7 @@ def _trainable(search: Search) -> Callable[[dict[str, Any]], None]:
 
 
 def _remaining_points(section: SearchSection, finished: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return number and values of the points of a grid or random search that are left to try."""
+    """Return {number, values} of each point of a grid or random search that is not finished."""
     finished_numbers = {trial.number for trial in finished}
     return [
         {"number": number, "values": section.point(number)}
@@ -138,7 +144,7 @@ def _remaining_points(section: SearchSection, finished: Sequence[Trial]) -> list
 def _optuna_searcher(
     section: SearchSection, mode: str, finished: Sequence[Trial], unfinished: Sequence[Trial]
 ) -> Any:
-    """Return an Optuna search that knows the finished trials and numbers those it suggests."""
+    """Return an Optuna searcher that knows the finished trials and numbers those it suggests."""
     from ray.tune.search import Searcher
     from ray.tune.search.optuna import OptunaSearch
 
@@ -149,9 +155,9 @@ def _optuna_searcher(
     for trial in [*finished, *unfinished]:
         encoded[trial.number] = _encode_values(section, trial)
 
-    # The seed changes with each resumption: with the same one, Optuna would suggest again what it
-    # suggested before, and what the finished trials have tried.
-    search = OptunaSearch(
+    # Another seed once trials have finished: with the same one, a resumed search would first draw
+    # the values that these trials have tried.
+    optuna_search = OptunaSearch(
         space=_optuna_space(section, optuna.distributions),
         metric=VALUE,
         mode=mode,
@@ -159,23 +165,24 @@ def _optuna_searcher(
         points_to_evaluate=[encoded[trial.number] for trial in unfinished],
     )
     for trial in finished:
-        # a trial without a value counts as failed, and then Optuna ignores the 0.0
-        search.add_evaluated_point(
+        # A trial without a value counts as failed, and Ray Tune drops the 0.0 of a failed trial.
+        optuna_search.add_evaluated_point(
             encoded[trial.number], trial.value or 0.0, error=trial.value is None
         )
 
-    # Numbers in the order in which Optuna suggests: first the points to evaluate, then new ones.
+    # In the order of Optuna's suggestions: first `points_to_evaluate`, then new points.
     started = [trial.number for trial in unfinished]
     used = {*started, *(trial.number for trial in finished)}
     numbers = started + [number for number in range(section.num_trials) if number not in used]
 
-    # A wrapper, as a trial's number and values are decided together, and no trial starts that
-    # has no number left.
+    # A wrapper, because each suggestion needs a number. It suggests nothing once all numbers are
+    # used.
     class _NumberedSearch(Searcher):
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if not numbers:
                 return None
-            suggestion = search.suggest(trial_id) or {}
+
+            suggestion = optuna_search.suggest(trial_id) or {}
             values = {
                 field: _decode_value(section.space[field], value)
                 for field, value in suggestion.items()
@@ -183,15 +190,15 @@ def _optuna_searcher(
             return {"trial": {"number": numbers.pop(0), "values": values}}
 
         def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-            search.on_trial_result(trial_id, result)
+            optuna_search.on_trial_result(trial_id, result)
 
         def on_trial_complete(
             self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
         ) -> None:
-            search.on_trial_complete(trial_id, result, error)
+            optuna_search.on_trial_complete(trial_id, result, error)
 
         def save(self, checkpoint_path: str) -> None:
-            """Save nothing: the state is that of `finished` and `unfinished`."""
+            """Save nothing: a resumed search builds its state from the stored trials."""
 
         def restore(self, checkpoint_path: str) -> None:
             """Restore nothing."""
@@ -200,11 +207,12 @@ def _optuna_searcher(
 
 
 def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
-    """Return Optuna's distribution of each field; a choice is the index of its value."""
+    """Return Optuna's distribution of each field; for a list of values, that of their indices."""
     space = {}
     for field, choice in section.space.items():
         low, high = choice.low or 0, choice.high or 0
-        # categories of Optuna are scalars, but values of a field may be lists
+
+        # Indices, because Optuna's categories are scalars, but values of a field may be lists.
         if choice.values:
             space[field] = distributions.CategoricalDistribution(range(len(choice.values)))
         elif choice.is_whole:
@@ -215,7 +223,7 @@ def _optuna_space(section: SearchSection, distributions: Any) -> dict[str, Any]:
 
 
 def _encode_values(section: SearchSection, trial: Trial) -> dict[str, float | int | str | bool]:
-    """Return a trial's value of each field, in Optuna's terms."""
+    """Return a trial's value of each field, as Optuna's distributions have it."""
     encoded = {}
     for field, value in trial.values.items():
         encoded[field] = _encode_value(section.space[field], value)
@@ -223,12 +231,12 @@ def _encode_values(section: SearchSection, trial: Trial) -> dict[str, float | in
 
 
 def _encode_value(choice: Range, value: Any) -> Any:
-    """Return the index of one of several given values; other values as they are."""
+    """Return the index of a value in the list of `choice`; a value of a range as it is."""
     return choice.values.index(value) if choice.values else value
 
 
 def _decode_value(choice: Range, value: Any) -> Any:
-    """Return the value of an index; the inverse of `_encode_value`."""
+    """Return the value that `_encode_value` encoded."""
     return choice.values[value] if choice.values else value
 
 
@@ -254,7 +262,7 @@ def require_optuna() -> Any:
 def _scheduler(
     section: SearchSection, base: RunConfig, mode: str, finished: Sequence[Trial]
 ) -> Any:
-    """Return ASHA with the reports of finished trials; None if no trial is stopped early."""
+    """Return an ASHA scheduler that knows the finished trials; None without early stopping."""
     from types import SimpleNamespace
 
     from ray.tune.schedulers import ASHAScheduler
@@ -262,7 +270,8 @@ def _scheduler(
     if section.asha is None:
         return None
 
-    # With epochs, the number of steps is not known: a limit that is out of reach stops no trial.
+    # With epochs the number of steps is not known. A limit out of reach adds rungs that no trial
+    # reaches, and these stop none.
     max_steps = base.schedule.steps or NO_STEP_LIMIT
     scheduler = ASHAScheduler(
         time_attr=STEP,
@@ -274,14 +283,15 @@ def _scheduler(
         stop_last_trials=False,
     )
 
-    # Finished trials are not run again, but their results are in the rungs that new trials must
-    # pass. ASHA uses neither the controller nor anything but the id of a trial.
+    # New trials are compared with the results of finished ones at each rung. ASHA does not use the
+    # controller, and of a trial only its id.
     controller: Any = None
     for trial in finished:
         known_trial: Any = SimpleNamespace(trial_id=f"known-{trial.number}")
         scheduler.on_trial_add(controller, known_trial)
         for step, value in trial.reports:
             scheduler.on_trial_result(controller, known_trial, {STEP: step, VALUE: value})
+
     return scheduler
 
 

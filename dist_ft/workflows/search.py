@@ -133,6 +133,10 @@ class Journal:
 
     def on_start(self, number: int, values: dict[str, Any]) -> None:
         """Record a trial that starts or resumes."""
+        # How an earlier start ended says nothing about this one, which may lose its process before
+        # it writes a result. Ray Tune calls this before the trial runs.
+        self._run_store(number).remove(RESULT_FILE)
+
         known = self.trials.get(number)
         seconds_before = known.seconds if known else 0.0
         self._starts[number] = _Start(time.monotonic(), seconds_before)
@@ -157,7 +161,7 @@ class Journal:
         """Record the end of a trial: done, stopped early, or failed."""
         # The trial itself writes how it ended. One without a result was stopped by the scheduler,
         # or lost its process.
-        run = Store(f"{self.base.run.storage.rstrip('/')}/{self.search.section.name}-t{number}")
+        run = self._run_store(number)
         result = json.loads(run.read(RESULT_FILE)) if run.exists(RESULT_FILE) else {}
 
         error = ""
@@ -171,6 +175,10 @@ class Journal:
         self._update(replace(self.trials[number], state=state, error=error))
         detail = f": {error}" if error else ""
         self.report_line(f"trial {number}: {state}{detail}")
+
+    def _run_store(self, number: int) -> Store:
+        """Return the folder of a trial's own run."""
+        return Store(f"{self.base.run.storage.rstrip('/')}/{self.search.section.name}-t{number}")
 
     def _update(self, trial: Trial) -> None:
         # after every event, so that a killed search loses no time of its trials

@@ -80,6 +80,8 @@ def _path_fields(config: RunConfig) -> Iterator[_PathField]:
         names_or_paths.append((f"data.train.{i}.path", source.path))
     for i, source in enumerate(config.evaluation.data):
         names_or_paths.append((f"evaluation.data.{i}.path", source.path))
+    for i, source in enumerate(config.tuning.anchor.data):
+        names_or_paths.append((f"tuning.anchor.data.{i}.path", source.path))
 
     for field, path in names_or_paths:
         # A name on the hub has no leading dot, no glob and no file suffix. Whether a file of that

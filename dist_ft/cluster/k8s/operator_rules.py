@@ -1,8 +1,12 @@
-"""What the KubeRay operator refuses after the API server accepted it: its own rules, as of v1.7.
+"""Rules of the KubeRay operator itself, which the API server does not know, as of v1.7.
 
-A resource that breaks one is created, but then nothing happens except for an event; so the check
-reports it. Source: the operator's validation of RayJob and RayCluster
-(ray-operator/controllers/ray/utils/validation.go), with its default feature gates.
+An object that breaks one is created, but the operator only writes an event and starts nothing, so
+`dist-ft k8s check` reports it. Source: the operator's validation of RayJob and RayCluster
+(ray-operator/controllers/ray/utils/validation.go), with its default feature gates. Not all of its
+rules are here.
+
+The types of fields are not checked here. The schema has done that; for an object without a schema,
+`check` reports the error of a rule that meets an unexpected type.
 """
 
 from __future__ import annotations
@@ -16,14 +20,15 @@ import yaml
 from dist_ft.cluster.k8s.load_manifests import Problem, lookup
 
 MAX_NAME_LENGTH = {"RayJob": 47, "RayCluster": 53}
-MIN_RAY_FOR_TOKENS = (2, 52, 0)
+MIN_RAY_FOR_TOKEN_AUTH = (2, 52, 0)
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
+"""Environment variable of the head that enables version 2 of the autoscaler."""
 FEATURE_GATES = {
     "networkPolicy": "RayClusterNetworkPolicy",
     "tlsOptions": "RayClusterMTLS",
     "historyServerOptions": "RayClusterHistoryServer",
 }
-"""Fields that need a feature of the operator which is off by default, as of v1.7."""
+"""Fields of a RayCluster whose feature gate is off by default, with the name of the gate."""
 
 
 def check_operator_rules(content: dict[str, Any]) -> Iterator[Problem]:
@@ -37,7 +42,7 @@ def check_operator_rules(content: dict[str, Any]) -> Iterator[Problem]:
     if not isinstance(cluster, dict):
         return
 
-    # a RayJob passes its own annotations on to its cluster
+    # A RayJob passes its own annotations on to its cluster.
     annotations = lookup(content, "metadata", "annotations", default={})
     for problem in _check_cluster(cluster, annotations):
         yield Problem(f"{path}.{problem.path}", problem.message)
@@ -55,7 +60,7 @@ def _check_name(content: dict[str, Any]) -> Iterator[Problem]:
     name = str(lookup(content, "metadata", "name", default=""))
     max_length = MAX_NAME_LENGTH[content["kind"]]
 
-    # the operator appends suffixes to the name, and names of services have at most 63 characters
+    # The operator appends suffixes to the name, and a service's name has at most 63 characters.
     if len(name) > max_length:
         yield Problem(
             "metadata.name",
@@ -72,19 +77,19 @@ def _check_name(content: dict[str, Any]) -> Iterator[Problem]:
 
 def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
     spec = lookup(content, "spec", default={})
-    is_shut_down = lookup(spec, "shutdownAfterJobFinishes", default=False)
+    has_shutdown = lookup(spec, "shutdownAfterJobFinishes", default=False)
     is_suspended = lookup(spec, "suspend", default=False)
     selector = lookup(spec, "clusterSelector")
     mode = lookup(spec, "submissionMode", default="K8sJobMode")
     backoff = lookup(spec, "backoffLimit", default=0)
 
-    if not is_shut_down and lookup(spec, "ttlSecondsAfterFinished", default=0) > 0:
+    if not has_shutdown and lookup(spec, "ttlSecondsAfterFinished", default=0) > 0:
         yield Problem(
             "spec.ttlSecondsAfterFinished",
             "needs shutdownAfterJobFinishes: true. Set that, or remove it.",
         )
 
-    if not is_shut_down and is_suspended:
+    if not has_shutdown and is_suspended:
         yield Problem("spec.suspend", "needs shutdownAfterJobFinishes: true. Set that.")
 
     if selector is None and lookup(spec, "rayClusterSpec") is None:
@@ -108,17 +113,16 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
         "activeDeadlineSeconds": 1,
         "preRunningDeadlineSeconds": 1,
     }
-
     for field, minimum in minimums.items():
         if isinstance(lookup(spec, field), int) and spec[field] < minimum:
             yield Problem(f"spec.{field}", f"{spec[field]} is below {minimum}. Raise it.")
 
-    yield from _check_deletion(spec, is_shut_down)
+    yield from _check_deletion(spec, has_shutdown)
     yield from _check_runtime_environment(spec)
 
 
 def _check_runtime_environment(spec: dict[str, Any]) -> Iterator[Problem]:
-    # a string with YAML in it, which no schema looks into
+    # A string that holds YAML: the schema checks only that it is a string.
     try:
         environment = yaml.safe_load(lookup(spec, "runtimeEnvYAML", default="{}"))
     except yaml.YAMLError:
@@ -128,7 +132,7 @@ def _check_runtime_environment(spec: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("spec.runtimeEnvYAML", "is not a YAML mapping. Correct it.")
 
 
-def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Problem]:
+def _check_deletion(spec: dict[str, Any], has_shutdown: bool) -> Iterator[Problem]:
     strategy = lookup(spec, "deletionStrategy")
     if strategy is None:
         return
@@ -137,7 +141,7 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
     rules = lookup(strategy, "deletionRules", default=[])
     legacy = [name for name in ("onSuccess", "onFailure") if lookup(strategy, name) is not None]
 
-    if rules and is_shut_down:
+    if rules and has_shutdown:
         yield Problem(
             f"{path}.deletionRules",
             "cannot be combined with shutdownAfterJobFinishes: true. Remove one of them.",
@@ -148,7 +152,7 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
             path, f"deletionRules cannot be combined with {' and '.join(legacy)}. Remove one."
         )
 
-    # the two old fields only work together
+    # The two legacy fields only work together.
     if not rules and len(legacy) < 2:
         yield Problem(path, "needs deletionRules, or both onSuccess and onFailure. Add these.")
 
@@ -160,6 +164,8 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
         if lookup(condition, "ttlSeconds", default=0) < 0:
             yield Problem(f"{rule_path}.condition.ttlSeconds", "is below 0. Raise it.")
 
+        # As text, because the values of an object without a schema may be lists, which a set cannot
+        # hold.
         statuses = condition.get("jobStatus"), condition.get("jobDeploymentStatus")
         key = str((rule.get("policy"), *statuses))
         if key in seen:
@@ -170,7 +176,7 @@ def _check_deletion(spec: dict[str, Any], is_shut_down: bool) -> Iterator[Proble
 
 
 def ray_groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (path, group) of the head group and of the worker groups."""
+    """Yield (path in `cluster`, group) of the head group and of the worker groups."""
     if isinstance(lookup(cluster, "headGroupSpec"), dict):
         yield "headGroupSpec", cluster["headGroupSpec"]
 
@@ -180,7 +186,7 @@ def ray_groups(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _check_groups(cluster: dict[str, Any]) -> Iterator[Problem]:
-    is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
+    has_autoscaler = lookup(cluster, "enableInTreeAutoscaling", default=False)
     for path, group in ray_groups(cluster):
         params = lookup(group, "rayStartParams", default={})
 
@@ -201,14 +207,14 @@ def _check_groups(cluster: dict[str, Any]) -> Iterator[Problem]:
                 f"{path}.rayStartParams.labels", "is not allowed. Use the group's labels."
             )
 
-        # the head is one pod; only worker groups have a size
+        # The head is one pod; only worker groups have a size.
         if path != "headGroupSpec":
-            yield from _check_replicas(path, group, is_scaled)
+            yield from _check_replicas(path, group, has_autoscaler)
 
 
-def _check_replicas(path: str, group: dict[str, Any], is_scaled: bool) -> Iterator[Problem]:
+def _check_replicas(path: str, group: dict[str, Any], has_autoscaler: bool) -> Iterator[Problem]:
     minimum, maximum = lookup(group, "minReplicas"), lookup(group, "maxReplicas")
-    if not is_scaled and (minimum is None or maximum is None):
+    if not has_autoscaler and (minimum is None or maximum is None):
         yield Problem(
             path,
             "without enableInTreeAutoscaling, minReplicas and maxReplicas are required. Set both.",
@@ -224,7 +230,10 @@ def _check_replicas(path: str, group: dict[str, Any], is_scaled: bool) -> Iterat
 
 
 def environment_variables(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the environment of a group's first container: name to value (None: by reference)."""
+    """Return the environment of a group's first container, in which Ray runs.
+
+    Name to value; None if the value comes from elsewhere, such as a secret.
+    """
     entries = lookup(group, "template", "spec", "containers", 0, "env", default=[])
     variables = {}
     for entry in entries:
@@ -234,16 +243,16 @@ def environment_variables(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
-    is_scaled = lookup(cluster, "enableInTreeAutoscaling", default=False)
+    has_autoscaler = lookup(cluster, "enableInTreeAutoscaling", default=False)
     options = lookup(cluster, "autoscalerOptions", default={})
     head_environment = environment_variables(lookup(cluster, "headGroupSpec", default={}))
 
-    # Two ways to request the second version. Only the option makes the operator check the groups'
-    # restart policies.
+    # There are two ways to request version 2. The operator checks restart policies only if it is
+    # requested by the option.
     is_v2_by_variable = head_environment.get(AUTOSCALER_V2) in ("1", "true")
     is_v2_by_option = options.get("version") == "v2"
 
-    if is_v2_by_variable and not is_scaled:
+    if is_v2_by_variable and not has_autoscaler:
         yield Problem(
             "headGroupSpec",
             f"{AUTOSCALER_V2} needs enableInTreeAutoscaling: true. Set that, or remove it.",
@@ -258,11 +267,10 @@ def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
     if lookup(options, "idleTimeoutSeconds", default=0) < 0:
         yield Problem("autoscalerOptions.idleTimeoutSeconds", "is below 0. Raise it.")
 
-    has_v2 = (is_scaled and is_v2_by_option) or is_v2_by_variable
-
+    has_v2 = (has_autoscaler and is_v2_by_option) or is_v2_by_variable
     for path, group in ray_groups(cluster):
         policy = lookup(group, "template", "spec", "restartPolicy", default="Never")
-        if is_scaled and is_v2_by_option and policy != "Never":
+        if has_autoscaler and is_v2_by_option and policy != "Never":
             yield Problem(
                 f"{path}.template.spec.restartPolicy",
                 f"{policy} is not supported by autoscaler v2. Set Never.",
@@ -277,7 +285,7 @@ def _check_autoscaling(cluster: dict[str, Any]) -> Iterator[Problem]:
         if has_v2:
             continue
 
-        # fields of a group that version 1 ignores
+        # Fields of a group that only version 2 supports.
         for field in ("idleTimeoutSeconds", "priority"):
             if lookup(group, field, default=0):
                 yield Problem(
@@ -293,8 +301,8 @@ def _check_authentication(cluster: dict[str, Any]) -> Iterator[Problem]:
             yield Problem("authOptions.enableK8sTokenAuth", "needs mode: token. Set that.")
         return
 
+    # The pattern is not anchored at the end: nightly versions have a suffix, such as 2.52.0.dev0.
     ray_version = str(lookup(cluster, "rayVersion", default=""))
-    # not anchored at the end: nightly versions have a suffix, such as 2.52.0.dev0
     match = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", ray_version)
     if not match:
         yield Problem(
@@ -302,7 +310,7 @@ def _check_authentication(cluster: dict[str, Any]) -> Iterator[Problem]:
             f"is {ray_version or 'missing'}. Token authentication needs at least 2.52.0. Set the "
             "version in the image.",
         )
-    elif tuple(int(part or 0) for part in match.groups()) < MIN_RAY_FOR_TOKENS:
+    elif tuple(int(part or 0) for part in match.groups()) < MIN_RAY_FOR_TOKEN_AUTH:
         yield Problem(
             "rayVersion",
             f"is {ray_version}. Token authentication needs at least 2.52.0. Use a newer Ray.",
@@ -334,7 +342,7 @@ def _check_fault_tolerance(
             "REDIS_USERNAME is not allowed here. Use gcsFaultToleranceOptions.redisUsername.",
         )
 
-    # without the options, fault tolerance can be configured by an annotation, the old way
+    # Without the options, an annotation can enable fault tolerance: the legacy way.
     if options is None:
         is_enabled = annotations.get("ray.io/ft-enabled", "").lower() == "true"
         if "RAY_REDIS_ADDRESS" in variables and not is_enabled:

@@ -13,6 +13,7 @@ from dist_ft.core.errors import ConfigError
 
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 """Names of most Kubernetes objects (RFC 1123)."""
+HOST_AND_PORT = re.compile(r"[^\s:/@]+:[0-9]+")
 NODE_LABEL = re.compile(r"[A-Za-z0-9./_-]+=[A-Za-z0-9._-]*")
 
 
@@ -50,8 +51,19 @@ def _require_node_label(text: str) -> str:
     return text
 
 
+def _require_host_and_port(text: str) -> str:
+    """Return `text`, or raise ValueError if it is not HOST:PORT."""
+    if not HOST_AND_PORT.fullmatch(text):
+        raise ValueError(
+            "is not HOST:PORT, such as redis.dist-ft.svc:6379. Leave out redis:// and the "
+            "password, which comes from the Secret redis_secret."
+        )
+    return text
+
+
 Image = Annotated[str, AfterValidator(_require_pinned_image)]
 NodeLabel = Annotated[str, AfterValidator(_require_node_label)]
+HostAndPort = Annotated[str, AfterValidator(_require_host_and_port)]
 Name = Annotated[str, Field(pattern=f"^{DNS_LABEL}$")]
 
 
@@ -116,9 +128,8 @@ class Options(BaseModel):
         pattern=r"^arn:[^\s]+$",
         description="ARN of the IAM role of the service account. Set your own.",
     )
-    redis: str = Field(
+    redis: HostAndPort = Field(
         "redis.dist-ft.svc:6379",
-        pattern=r"^[^\s:/@]+:\d+$",
         description="HOST:PORT of the Redis that stores the state of Ray's control plane.",
     )
     redis_secret: Name = Field(

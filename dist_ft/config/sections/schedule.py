@@ -1,4 +1,7 @@
-"""The section `schedule`: the length of a run and its learning rate."""
+"""The section `schedule`: the length of a run and its learning-rate schedule.
+
+`engine.schedule` computes the learning rate of each step.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from dist_ft.config.sections.section import Section
 
 
 class ScheduleSection(Section):
-    """Length of the run and learning-rate schedule, a pure function of the step."""
+    """Length of the run, and the learning-rate schedule: a pure function of the step."""
 
-    # No field is part of the identity: a run may be extended, or end with another rate.
+    # No field is part of the run's identity: all may change when a run resumes, to extend it or to
+    # end with another learning rate.
     name: Literal["linear", "cosine", "constant"] = Field(
         "cosine", description="Shape of the learning rate after warm-up."
     )
@@ -38,7 +42,7 @@ class ScheduleSection(Section):
     )
 
 
-def _length(schedule: ScheduleSection) -> Iterator[str]:
+def _one_length(schedule: ScheduleSection) -> Iterator[str]:
     if schedule.steps is None and schedule.epochs is None:
         yield (
             "schedule.steps: neither steps nor epochs is set. One of them is needed as the length "
@@ -52,7 +56,7 @@ def _length(schedule: ScheduleSection) -> Iterator[str]:
         )
 
 
-def _warmup(schedule: ScheduleSection) -> Iterator[str]:
+def _one_warmup(schedule: ScheduleSection) -> Iterator[str]:
     if schedule.warmup_steps is not None and schedule.warmup_ratio is not None:
         yield (
             f"schedule.warmup_steps={schedule.warmup_steps}: "
@@ -62,7 +66,7 @@ def _warmup(schedule: ScheduleSection) -> Iterator[str]:
 
 
 def _warmup_fits(schedule: ScheduleSection) -> Iterator[str]:
-    # With epochs the number of steps follows from the data, which is not read here.
+    # With epochs nothing is checked: the number of steps follows from data, which is not read here.
     warmup = schedule.warmup_steps
     steps = schedule.steps
     if warmup is not None and steps is not None and warmup > steps:
@@ -72,4 +76,4 @@ def _warmup_fits(schedule: ScheduleSection) -> Iterator[str]:
         )
 
 
-CHECKS = (_length, _warmup, _warmup_fits)
+CHECKS = (_one_length, _one_warmup, _warmup_fits)

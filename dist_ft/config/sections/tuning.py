@@ -195,8 +195,6 @@ class TuningSection(Section):
     )
 
 
-_METHODS_WITHOUT_ANCHOR = ("lora", "ia3")
-
 SECTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("lora",),
     "adalora": ("adalora",),
@@ -360,7 +358,7 @@ def _anchor(tuning: TuningSection) -> Iterator[str]:
             f"tuning.anchor.method={anchor.method}. Allowed with ewc. Remove it."
         )
 
-    is_pointless = tuning.method in _METHODS_WITHOUT_ANCHOR and not tuning.trainable
+    is_pointless = tuning.method in ADAPTER_METHODS and not tuning.trainable
     if anchor.method != "none" and is_pointless:
         yield (
             f"tuning.anchor.method={anchor.method}: tuning.method={tuning.method} only trains "

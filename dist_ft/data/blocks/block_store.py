@@ -182,8 +182,8 @@ class BlockStore:
         pass_number = {number: i for i, number in enumerate(first_of_pass)}
 
         for number in numbers:
-            # At the first block of a pass, start those after it. The other blocks of the pass are
-            # in progress already, unless they were evicted.
+            # The first block of a pass starts the pass, and the passes after it. The other blocks
+            # are then in progress already, unless they were evicted.
             current = pass_number.get(number)
             if current is None:
                 self.request(number, needed)

@@ -1,7 +1,7 @@
 """What the data pipeline needs of a task: how a row becomes tokens and labels.
 
-`TaskEncoder` calls the methods here in this order: `set_truncation` once; `read` for each row;
-`tokenize` for a chunk of rows; `label_tokens` for each sample.
+`TaskEncoder` calls the methods here in this order, for each chunk of rows: `read` for each row;
+`set_truncation`, for the first chunk only; `tokenize` once; `label_tokens` for each sample.
 
 T is the number of tokens of a sample.
 """

@@ -106,7 +106,7 @@ class TaskEncoder(Encoder):
             raise row
         try:
             return self.task.read(row, location)
-        except DataError:
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # of a user's own task
             raise location.error(

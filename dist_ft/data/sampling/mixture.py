@@ -72,10 +72,11 @@ def source_repeats(data: DataSection, sizes: Sequence[int]) -> list[float]:
     shares = [source.share or 0.0 for source in data.train]
 
     # sequences of the sources without a share; these make up 1 - sum(shares) of the epoch
-    num_unshared: float = 0
+    unshared = []
     for repeat, size, share in zip(repeats, sizes, shares, strict=True):
         if not share:
-            num_unshared += repeat * size
+            unshared.append(repeat * size)
+    num_unshared = sum(unshared)
 
     for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
         if share and size:

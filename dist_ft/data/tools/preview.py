@@ -210,10 +210,9 @@ def _format_segment(loader: Loader, segment: _SegmentRef, markup: bool) -> str:
     block = loader.store.block(segment.block)
     encoder = loader.store.encoder
 
-    # a copy: the arrays of a block are views of a file and cannot be written to
     start = int(block.offsets[segment.row]) + segment.start
     stop = start + segment.num_tokens
-    is_target = block.is_target[start:stop].copy()  # (n,)
+    is_target = block.is_target[start:stop]  # (n,), computed anew, not a view of the file
     # The first token cannot be a next-token target; a task's label may be on it.
     is_target[0] &= block.is_labeled
 

@@ -101,9 +101,12 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
     if len(labels) < minimum:
         noun = "label" if len(labels) == 1 else "labels"
         shown = f" ({min(labels)})" if labels else ""
+        needed = "At least one label is needed."
+        if minimum > 1:
+            needed = "At least two different labels are needed."
         raise DataError(
-            f"data.train: its rows have {len(labels)} {noun}{shown}. The minimum is {minimum} "
-            "different ones. Set task.columns, or name the labels in task.labels."
+            f"data.train: its rows have {len(labels)} {noun}{shown}. {needed} Set task.columns, or "
+            "name the labels in task.labels."
         )
 
     return tuple(task_rows.sort_labels(labels))

@@ -42,7 +42,8 @@ class PreemptionSaver:
 
     def __init__(self, get_coordinator: Callable[[], Any]) -> None:
         self._get_coordinator = get_coordinator
-        self._nodes: frozenset[str] = frozenset()
+        self._nodes: frozenset[str] = frozenset()  # of the last notice
+        self._unannounced: frozenset[str] = frozenset()  # those of them still to announce
         self._announced_at = 0.0
         self._requested_at = 0.0
         self._save_number = 0
@@ -55,9 +56,14 @@ class PreemptionSaver:
         # Only a node that is new in the notice needs a save at once: Ray repeats the others.
         nodes = info.preempted_node_to_ranks
         known_nodes, self._nodes = self._nodes, frozenset(nodes)
-        has_new_nodes = bool(self._nodes - known_nodes)
-        if has_new_nodes:
+        new_nodes = self._nodes - known_nodes
+        if new_nodes:
             self._announced_at = now_s
+
+        # A node stays in this set until its loss is announced and a save requested: if the
+        # coordinator does not answer now, the next notice tries again.
+        self._unannounced = (self._unannounced & self._nodes) | new_nodes
+        must_announce = bool(self._unannounced)
 
         if info.deadline_ms is None:
             deadline_s = self._announced_at + DEFAULT_NOTICE_S
@@ -65,18 +71,17 @@ class PreemptionSaver:
             deadline_s = info.deadline_ms / 1000
 
         # Before the coordinator is looked up: Ray calls this about once a second.
-        if not has_new_nodes and not is_save_due(now_s, self._requested_at, deadline_s):
+        if not must_announce and not is_save_due(now_s, self._requested_at, deadline_s):
             return
 
         with _log_errors():
             coordinator = self._get_coordinator()
 
             # One save at a time: while a slow one runs, a further request would only queue.
-            if not has_new_nodes and not coordinator.is_save_done(self._save_number):
+            if not must_announce and not coordinator.is_save_done(self._save_number):
                 return
 
-            self._requested_at = now_s
-            if has_new_nodes:
+            if must_announce:
                 # Announce before saving: if the node ends early, its loss costs no restart.
                 description = describe_nodes(nodes)
                 coordinator.announce_node_loss(description)
@@ -87,6 +92,8 @@ class PreemptionSaver:
                 )
 
             self._save_number = coordinator.request_save()
+            self._requested_at = now_s
+            self._unannounced = frozenset()
 
     def save_before_resize(self) -> None:
         """Save and wait for it: the workers are about to end."""

@@ -364,7 +364,8 @@ def explain_exit(code: int, num_oom_kills: int) -> ExitCause:
         return ExitCause("killed" if is_stop else "crash", f"by {name}")
 
     if code == 1:
-        # Python errors are sent as a last message, so this is faulthandler's exit.
+        # `worker_process.main` sends Python errors as a last message, also those before training,
+        # so this is faulthandler's exit.
         return ExitCause(
             "hang", "no progress within cluster.progress_timeout_s; its stacks are in its log"
         )

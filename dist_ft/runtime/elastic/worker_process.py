@@ -266,28 +266,40 @@ def main() -> None:
     pipe = Connection(descriptor)
     parent = _ParentPipe(pipe)
 
+    last_message: LastMessage
     try:
-        setup: Setup = pipe.recv()
-        if os.path.isdir(setup.folder):
-            os.chdir(setup.folder)
-        config = RunConfig.model_validate(setup.config)
-        allow_task(config.task.name)  # the driver allowed it
-
-        # A spare waits in the second `recv` for hours, with everything imported. An import that
-        # fails is reported only when training starts: until then nobody reads the pipe.
-        import_failure = _import(config, setup.modules)
-        start: StartTraining = pipe.recv()
+        last_message = _wait_and_train(pipe, parent)
     except EOFError:
         return  # it is no longer needed
-
-    # The thread only now: two readers of one pipe would take each other's messages.
-    os.environ.update(start.environment)
-    threading.Thread(target=parent.listen, name="parent", daemon=True).start()
-    parent.send(import_failure or _train(config, parent, start.reason))
+    except DistFtError as error:
+        last_message = TrainingFailed(error)
+    except (Exception, SystemExit) as error:
+        # Uncaught, it would end this process with exit code 1, which stands for a hang.
+        last_message = _failed_before_training(error)
+    parent.send(last_message)
 
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)  # threads of broken process groups may run for long
+
+
+def _wait_and_train(pipe: Connection, parent: _ParentPipe) -> LastMessage:
+    """Import, wait for the start, train; raises EOFError if the process is no longer needed."""
+    setup: Setup = pipe.recv()
+    if os.path.isdir(setup.folder):
+        os.chdir(setup.folder)
+    config = RunConfig.model_validate(setup.config)
+    allow_task(config.task.name)  # the driver allowed it
+
+    # A spare waits in the second `recv` for hours, with everything imported. A failure is read only
+    # when training starts.
+    import_failure = _import(config, setup.modules)
+    start: StartTraining = pipe.recv()
+
+    # The thread only now: two readers of one pipe would take each other's messages.
+    os.environ.update(start.environment)
+    threading.Thread(target=parent.listen, name="parent", daemon=True).start()
+    return import_failure or _train(config, parent, start.reason)
 
 
 def _import(config: RunConfig, modules: Sequence[str]) -> TrainingCrashed | None:
@@ -329,6 +341,14 @@ def _train(config: RunConfig, parent: _ParentPipe, reason: str) -> LastMessage:
     except BaseException as error:
         # `SystemExit` and `KeyboardInterrupt` too: an end without a message looks like a hang.
         return _crashed(error)
+
+
+def _failed_before_training(error: BaseException) -> TrainingCrashed:
+    traceback.print_exc()
+
+    # All lines in one: the last line of an invalid config is only a link to the documentation.
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return TrainingCrashed(is_peer_loss=False, text=f"failed before training: {text}")
 
 
 def _crashed(error: BaseException) -> TrainingCrashed:

@@ -100,7 +100,7 @@ def _resolve_model(config: RunConfig, found: list[ModelSection]) -> Iterator[str
     from dist_ft.checkpoint import initial_weights
 
     found.append(initial_weights.resolve_for_inspection(config))
-    yield from ()  # a generator like all checks, and none of its own lines
+    yield from ()  # a generator like all checks, without lines of its own
 
 
 def _check_training_data(config: RunConfig) -> Iterator[str]:

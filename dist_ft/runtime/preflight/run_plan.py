@@ -141,7 +141,7 @@ def plan(
     config = _with_workers(config, num_gpus)
     shape = trace_model(config, model_config)
 
-    # The bucket as a default, because the table also has stages of which this config sets none.
+    # With a default bucket: the table also has stages for which this config sets none.
     zero = {
         "reduce_bucket_size": deepspeed_config.BUCKET_ELEMENTS,
         **deepspeed_config.build_deepspeed_config(config)["zero_optimization"],

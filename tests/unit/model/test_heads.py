@@ -81,6 +81,21 @@ def test_head_for_other_labels_is_refused_or_replaced(folder, tmp_path):
         assert new == {"classifier.weight", "classifier.bias"}
 
 
+def test_head_is_refused_if_no_labels_are_known(folder, tmp_path):
+    model, _ = load_task_model(task("sequence_classification", "a", "b"), section(folder / "bert"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has a head for a, b, but the labels are"):
+        read_config(section(tmp_path), None, task("sequence_classification"))
+
+
+def test_one_label_is_a_class_and_not_a_number(folder):
+    """A head that grows may start from one label; `dist-ft predict` tells tasks apart by this."""
+    config = read_config(section(folder / "bert"), None, task("sequence_classification", "a"))
+    assert config.problem_type == "single_label_classification"
+    config = read_config(section(folder / "bert"), None, task("regression"))
+    assert config.problem_type == "regression" and config.id2label == {0: "score"}
+
+
 @pytest.mark.parametrize(
     ("name", "model", "text"),
     [

@@ -45,6 +45,11 @@ def test_fewest_workers_that_fit(available_bytes, expected):
         ("NVIDIA L40S", 362),
         ("NVIDIA A10", 125),
         ("NVIDIA A10G", 70),
+        ("NVIDIA GH200 480GB", 989),
+        ("Tesla V100S-PCIE-32GB", 130),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
         ("toy", None),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -49,6 +51,13 @@ def test_a_sound_run_passes(run):
         "exactly once: yes"
     )
     assert verify_shards(run.run_url) == 6
+
+
+def test_stacks_of_hung_workers_are_no_attempts(run):
+    stacks = Path(run.run_url) / "attempts/000002-rank-00001-stacks.txt"
+    stacks.write_text("Thread ...")
+    assert audit(run.run_url).attempts == 2
+    stacks.unlink()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from dist_ft.config.load import load_config
-from dist_ft.core.errors import Interrupted
+from dist_ft.core.errors import ConfigError, Interrupted
 from dist_ft.runtime import local
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.training.console import Console
@@ -158,3 +158,16 @@ def test_process_in_a_process_group_exits_at_once(which, output):
         [sys.executable, "-c", GROUPED, which], capture_output=True, text=True, timeout=60
     )
     assert (ran.returncode, ran.stdout) == (3, output), ran.stderr
+
+
+def test_several_processes_without_an_address_are_refused(base, monkeypatch):
+    """Each of them once became a world of one."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config = load_config(tiny.config(base, "no-address", cluster={"workers": 2}))
+    with pytest.raises(ConfigError, match="MASTER_ADDR: not set, although WORLD_SIZE=2"):
+        local.run(config)
+    assert "MASTER_ADDR" not in os.environ and not local.joined_process_group.is_set()

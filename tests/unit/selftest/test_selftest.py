@@ -93,6 +93,17 @@ def test_network_findings_name_no_node():
     assert "secret" not in json.dumps(selftest._anonymize(NETWORK))
 
 
+def test_a_node_name_that_starts_another_one_is_not_taken_for_it():
+    lines = ["node node-10 is slow to 2 of 2 other nodes", "nodes node-1 and node-10: 9 MB/s"]
+    network = {**NETWORK, "nodes": ["node-1", "node-10", "0"], "slow": [*lines, "node 0 is slow"]}
+    anonymous = selftest._anonymize(network)
+    assert anonymous is not None and anonymous["slow"] == [
+        "node 1 is slow to 2 of 2 other nodes",
+        "nodes 0 and 1: 9 MB/s",
+        "node 2 is slow",
+    ]
+
+
 def test_report_as_markdown_and_json():
     machine = {
         "gpus": [],

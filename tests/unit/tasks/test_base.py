@@ -9,6 +9,7 @@ from dist_ft.config.schema import TaskSection
 from dist_ft.core.errors import DataError
 from dist_ft.data.sources.discovery import RowLocation
 from dist_ft.tasks.base import make_task
+from dist_ft.tasks.question_answering import QuestionAnswering
 
 URL, LABELS = "s3://b/x.jsonl", ("O", "B-PER", "I-PER", "B-ORG")
 
@@ -131,3 +132,13 @@ def test_labels_are_collected():
     assert names("sequence_classification", {"label": None}) == []
     assert names("multi_label", {"label": ["a", None, "b"]}) == ["a", "b"]
     assert names("token_classification", {"tags": ["O", "B-X"]}) == ["O", "B-X"]
+
+
+def test_stored_tokens_depend_on_the_version_of_every_task():
+    class OwnAnswers(QuestionAnswering):
+        version = 2
+
+    section = task("question_answering")
+    assert QuestionAnswering(section).recipe() == {"labels": "spans"}
+    assert OwnAnswers(section).recipe() == {"labels": "spans", "version": 2}
+    assert make_task(task("embedding")).recipe() == {}

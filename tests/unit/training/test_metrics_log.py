@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -115,6 +116,41 @@ def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
         (2, 1.5),
     ]
     assert os.listdir(tmp_path) == ["run"]  # nothing temporary is left
+
+
+def test_lost_tensorboard_files_do_not_end_the_run(store, tmp_path, caplog):
+    """A cleaner of temporary files may remove them while the run trains."""
+    log = MetricsLog(store, [], 1, True)
+    log.add(1, "train", {"loss": 2.0})
+    log.flush().result()
+    (folder,) = tmp_path.glob("dist_ft-tensorboard-*")
+    shutil.rmtree(folder)
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        log.flush().result()
+        for step in range(2, 5):
+            log.add(step, "train", {"loss": 1.0})
+        log.close()
+    assert [step for step, _ in steps(store)] == [1, 2, 3, 4]
+    (message,) = caplog.messages
+    assert message.startswith("TensorBoard gets no more events (")
+    assert len(store.list("tensorboard/attempt-0001")) == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_error_of_an_earlier_event_does_not_end_the_run(store, tmp_path, caplog):
+    """TensorBoard writes in a thread of its own, and raises its error at a later event."""
+    log = MetricsLog(store, [], 1, True)
+    log.add(1, "train", {"loss": 2.0})
+    (folder,) = tmp_path.glob("dist_ft-tensorboard-*")
+    shutil.rmtree(folder)
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        for step in range(2, 100):
+            log.add(step, "train", {"loss": 1.0})
+            time.sleep(0.001)
+        log.close()
+    assert len(steps(store)) == 99
+    (message,) = caplog.messages
+    assert message.startswith("TensorBoard gets no more events ([Errno 2] No such file")
 
 
 def test_failing_storage_is_logged_and_written_later(store, tmp_path, caplog):

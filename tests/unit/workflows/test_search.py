@@ -81,6 +81,21 @@ def test_a_resumed_trial_keeps_its_time_and_repeats_its_evaluations(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("earlier", "failed", "expected"),
+    [
+        (b'{"error": "no such file"}', True, ("failed", "its process was lost")),
+        (b'{"step": 9}', False, ("stopped", "")),
+    ],
+)
+def test_a_retried_trial_does_not_end_as_an_earlier_start_did(tmp_path, earlier, failed, expected):
+    Store(f"{tmp_path}/find-t0").write(RESULT_FILE, earlier)
+    again = journal(tmp_path)
+    again.on_start(0, {"optimizer.learning_rate": 0.1})
+    again.on_end(0, failed=failed)
+    assert (again.trials[0].state, again.trials[0].error) == expected
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         (

@@ -128,6 +128,10 @@ def test_claim_allows_paths_below_its_mount():
         ("data.train=mine.jsonl", "data.train.0.path=mine.jsonl: a local path"),
         ("evaluation.data=/d/*.jsonl", "evaluation.data.0.path=/d/*.jsonl: a local path"),
         (
+            "tuning.anchor={method: ewc, strength: 1, data: old.jsonl}",
+            "tuning.anchor.data.0.path=old.jsonl: a local path",
+        ),
+        (
             "data.cache_dir=cache",
             "data.cache_dir=cache: not an absolute path. Pods mount their disk there",
         ),
@@ -169,7 +173,7 @@ def test_hub_names_are_not_paths():
             "--set=nope=1: unknown option. Use NAME=VALUE with one of these names: image, ",
         ),
         ({}, ["claim"], "--set=claim: unknown option"),
-        ({}, ["redis=redis://:hush@h:1"], "redis="),
+        ({}, ["redis=redis://:hush@h:1"], "redis=redis://:hush@h:1: is not HOST:PORT, such as"),
         (
             {"node_selector": ("a",)},
             [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dist_ft.config.load import load_config
+from dist_ft.config.sections.adapters import ADAPTER_METHODS
 from dist_ft.core.errors import ConfigError
 
 DOCUMENT = {
@@ -275,6 +276,16 @@ def problems(**sections) -> list[str]:
 def test_contradictions(sections, text):
     found = problems(**sections)
     assert len(found) == 1 and found[0].startswith(text)
+
+
+@pytest.mark.parametrize("method", ADAPTER_METHODS)
+def test_an_anchor_needs_weights_with_initial_values(method):
+    anchor = {"method": "l2", "strength": 1}
+    refusal = f"tuning.anchor.method=l2: tuning.method={method} only trains added weights"
+    found = problems(tuning={"method": method, "anchor": anchor})
+    assert [line for line in found if line.startswith(refusal)]
+    found = problems(tuning={"method": method, "anchor": anchor, "trainable": ["*.bias"]})
+    assert not [line for line in found if line.startswith(refusal)]
 
 
 @pytest.mark.parametrize(

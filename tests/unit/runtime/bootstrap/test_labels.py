@@ -77,9 +77,18 @@ def test_other_tasks_have_no_labels(labels):
 def test_one_label_is_refused(labels):
     find, store = labels
     with pytest.raises(
-        DataError, match=r"its rows have 1 label \(yes\)\. The minimum is 2 different ones"
+        DataError, match=r"its rows have 1 label \(yes\)\. At least two different labels are needed"
     ):
         find(rows("yes", "yes"))
+    assert not store.exists(LABELS_FILE)
+
+
+def test_no_label_is_refused_for_a_head_that_grows(labels):
+    find, store = labels
+    with pytest.raises(
+        DataError, match=r"its rows have 0 labels\. At least one label is needed\. Set"
+    ):
+        find(rows([], []), name="multi_label", grow_head=True)
     assert not store.exists(LABELS_FILE)
 
 

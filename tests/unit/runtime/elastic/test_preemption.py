@@ -134,3 +134,38 @@ def test_lost_coordinator_is_no_error(caplog):
     PreemptionSaver(gone).save_before_resize()
     PreemptionSaver(gone).on_preemption(Info(None), 0)
     assert caplog.messages == ["no save before workers end: ConnectionError: gone"] * 2
+
+
+def test_loss_is_announced_once_the_coordinator_answers():
+    """A first call that failed once left the node unannounced for good."""
+    coordinator = Coordinator()
+    failures = [ConnectionError("busy"), ConnectionError("busy")]
+
+    def get() -> Coordinator:
+        if failures:
+            raise failures.pop()
+        return coordinator
+
+    saver = PreemptionSaver(get)
+    assert request_times(saver, coordinator, Info(None), 1000, 1012) == [1004]
+    assert coordinator._group_state._history.announced_loss.description == (
+        "node abcdef01 (workers 1, 2)"
+    )
+    (line,) = coordinator.take_lines()
+    assert "in 116 s" in line.text, "the deadline is counted from the first notice"
+
+
+def test_save_that_could_not_be_requested_is_requested_again(monkeypatch):
+    coordinator = Coordinator()
+    saver = PreemptionSaver(lambda: coordinator)
+    request, failures = coordinator.request_save, [ConnectionError("busy")]
+
+    def request_save() -> int:
+        if failures:
+            raise failures.pop()
+        return request()
+
+    monkeypatch.setattr(coordinator, "request_save", request_save)
+    assert request_times(saver, coordinator, Info(1120_000), 1000, 1050) == [1002]
+    failures.append(ConnectionError("busy"))
+    assert request_times(saver, coordinator, Info(1120_000), 1050, 1080) == [1064]
