@@ -44,6 +44,13 @@ def test_limit_is_a_multiple_of_the_median_of_a_full_window():
     assert detector.check_loss(9, 2.1) == "", "the window has moved on"
 
 
+def test_a_good_step_ends_a_row_of_anomalies():
+    detector = AnomalyDetector(AnomalySection())
+    detector.num_consecutive = 2
+    detector.record(1.0, 0.1)
+    assert detector.num_consecutive == 0
+
+
 def test_history_survives_a_restart():
     section = AnomalySection(loss_factor=2, window=4)
     detector = AnomalyDetector(section)
