@@ -1,7 +1,7 @@
 """Writes a small project to try dist_ft with: a model, data and a commented config, no network.
 
 The data are questions about the capitals of countries. A Llama of half a million random weights
-answers them after a minute of training on two CPU cores.
+answers them after seconds of training on two CPU cores.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ QUESTIONS = (
     "Do you know the capital of {}?",
 )
 HELD_OUT_QUESTION = "Tell me the capital of {}."
-SIZE = ModelSize(128, 2, 384, 4, 64)
+SIZE = ModelSize(128, 2, 384, 4, 256)
 
 TEMPLATE = """\
 # A complete run on a model and data that were made on the spot. Commands to try, in this order:
@@ -103,6 +103,9 @@ evaluation:
 checkpoint:
   every_steps: 40             # or auto: by the cost of a save
   keep_last: 2
+
+log:
+  every_steps: 10
 
 cluster:
   workers: 0                  # 0: this process; 1 or more: Ray workers, also a range such as 2..8
