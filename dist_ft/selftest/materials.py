@@ -78,14 +78,20 @@ def write_texts(store: Store, num_tokens: int) -> None:
     write_jsonl(rows, store, "texts/text", -(-len(rows) // 4))
 
 
-def write_model(store: Store, name: str, size: ModelSize, texts: Sequence[str] = (TEXT,)) -> None:
+def write_model(
+    store: Store,
+    name: str,
+    size: ModelSize,
+    texts: Sequence[str] = (TEXT,),
+    chat_template: str | None = None,
+) -> None:
     """Write a model with random weights, with config and tokenizer, as `name/` into `store`.
 
-    The tokenizer is trained on `texts`.
+    The tokenizer is trained on `texts`; `chat_template` (Jinja) says how it writes messages.
     """
     # transformers writes local folders only, and `store` may be a bucket
     with tempfile.TemporaryDirectory(prefix="dist_ft-drill-") as folder:
-        _write_tokenizer_and_weights(Path(folder), size, texts)
+        _write_tokenizer_and_weights(Path(folder), size, texts, chat_template)
         for path in sorted(Path(folder).iterdir()):
             store.write(f"{name}/{path.name}", path.read_bytes())
 
@@ -104,7 +110,9 @@ def instruction_pairs(count: int) -> list[dict[str, str]]:
     return rows
 
 
-def _write_tokenizer_and_weights(folder: Path, size: ModelSize, texts: Sequence[str]) -> None:
+def _write_tokenizer_and_weights(
+    folder: Path, size: ModelSize, texts: Sequence[str], chat_template: str | None
+) -> None:
     """Write a Llama with random weights, and a tokenizer of bytes and the words of `texts`."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -127,6 +135,8 @@ def _write_tokenizer_and_weights(folder: Path, size: ModelSize, texts: Sequence[
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
     )
+    if chat_template is not None:
+        fast.chat_template = chat_template
     fast.save_pretrained(folder)
 
     logging.disable_progress_bar()

@@ -55,6 +55,10 @@ QUESTIONS = (
     "Do you know the capital of {}?",
 )
 HELD_OUT_QUESTION = "Tell me the capital of {}."
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 SIZE = ModelSize(128, 2, 384, 4, 256)
 
 TEMPLATE = """\
@@ -131,7 +135,7 @@ def write_tiny_project(folder: str) -> Path:
     store = Store(str(path))
     train, held_out = _rows(QUESTIONS), _rows((HELD_OUT_QUESTION,))
     texts = [f"{row['prompt']} {row['response']}" for row in (*train, *held_out)]
-    write_model(store, "model", SIZE, texts)
+    write_model(store, "model", SIZE, texts, CHAT_TEMPLATE)
     write_jsonl(train, store, "data/train", len(train) // 2)
     write_jsonl(held_out, store, "data/held-out", len(held_out))
 
