@@ -69,7 +69,7 @@ TEMPLATE = """\
 #   dist-ft export {folder}/run.yaml --out {folder}/trained
 #   dist-ft generate {folder}/trained --prompt "What is the capital of Peru?"
 #
-# Your own data: dist-ft train {folder}/run.yaml run.name=mine data.train=my.jsonl evaluation.data=
+# Your own data: ... run.name=mine data.train=my.jsonl evaluation.data=my-held-out.jsonl
 # Two workers on Ray with DeepSpeed ZeRO-3: ... run.name=two cluster.workers=2 zero.stage=3
 
 run:
