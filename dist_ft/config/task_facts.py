@@ -136,16 +136,27 @@ def _import_class(name: str, path: str) -> type[TaskFacts]:
     module_name, _, class_name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             [
-                f"task.name={name}: cannot be imported ({error}). The module must be installed, or "
-                "lie in a folder of PYTHONPATH, on every node. Correct the path, or install it."
+                f"task.name={name}: cannot be imported ({cause}). The module must be installed, or "
+                "lie in a folder of PYTHONPATH, on every node. Correct the path or the module."
             ]
         ) from error
 
     if not (isinstance(found, type) and issubclass(found, TaskFacts)):
         raise ConfigError(
             [f"task.name={name}: is not a task. It must be a subclass of dist_ft.Task."]
+        )
+
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    missing += [field for field in ("auto_class", "metrics") if not getattr(found, field, None)]
+    if missing:
+        raise ConfigError(
+            [
+                f"task.name={name}: the class lacks {', '.join(missing)}. A task must define them. "
+                "See docs/tasks.md, `A task of your own`."
+            ]
         )
     return found

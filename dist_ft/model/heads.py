@@ -40,7 +40,13 @@ def auto_class(task: TaskSection) -> Any:
     """Return the transformers class for `task`."""
     import transformers
 
-    return getattr(transformers, model_task(task).auto_class)
+    name = model_task(task).auto_class
+    if not hasattr(transformers, name):
+        raise ModelError(
+            f"task.name={task.name}: transformers has no class {name}. A class such as "
+            "AutoModelForSequenceClassification is needed. Correct auto_class of the task."
+        )
+    return getattr(transformers, name)
 
 
 def supports_task(config: PretrainedConfig, task: TaskSection) -> bool:

@@ -26,6 +26,7 @@ import numpy as np
 
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.task_facts import task_class
+from dist_ft.core.errors import ModelError
 from dist_ft.data.sources.discovery import Row
 from dist_ft.metrics.task_scores import TaskScores
 from dist_ft.model.model_task import ModelTask
@@ -121,8 +122,15 @@ class Task(ModelTask):
         return np.asarray(predicted)
 
     def predict(self, model: ModelRunner, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-        """Yield the prediction of each row as JSON values."""
-        raise NotImplementedError
+        """Yield the prediction of each row as JSON values.
+
+        Raises:
+            ModelError: the class does not define it.
+        """
+        raise ModelError(
+            f"task.name={self.name}: the task does not say how to predict. A method `predict` is "
+            "needed. Define it (see docs/tasks.md)."
+        )
 
 
 def make_task(section: TaskSection) -> Task:

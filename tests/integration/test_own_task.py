@@ -139,7 +139,10 @@ def test_a_folder_alone_does_not_make_the_code_run(trained: Path, tmp_path: Path
 @pytest.mark.ray
 def test_two_zero_ranks_on_ray_give_the_same_losses_and_resume(base: Path, trained: Path) -> None:
     config = write_config(base, "two", workers=2)
-    process = dist_ft("train", config)
+    # A worker is killed once and replaced; later the run is stopped, and the command repeated.
+    died = base / "died-once"
+    failpoint = {"DIST_FT_FAILPOINT": "train.step:3@1", "DIST_FT_FAILPOINT_ONCE": str(died)}
+    process = dist_ft("train", config, **failpoint)
     metrics = base / "runs" / "two" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or len(history.losses(metrics.parent)) < 6:
@@ -147,7 +150,7 @@ def test_two_zero_ranks_on_ray_give_the_same_losses_and_resume(base: Path, train
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode != 0 and died.exists()
     run("train", config)
     assert history.losses(metrics.parent) == pytest.approx(history.losses(trained), abs=1e-5)
     assert last_evaluation(base, "two")["accuracy"] == last_evaluation(base, "one")["accuracy"]

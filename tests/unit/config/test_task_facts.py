@@ -14,6 +14,7 @@ from dist_ft.core.errors import ConfigError
 from dist_ft.tasks.base import Task
 
 OWN = """
+from dist_ft import Task
 from dist_ft.tasks.causal_lm import CausalLMTask
 
 class Own(CausalLMTask):
@@ -21,6 +22,10 @@ class Own(CausalLMTask):
 
 class NoTask:
     pass
+
+class Half(Task):
+    auto_class = "AutoModel"
+    def read(self, row, location): ...
 """
 
 
@@ -29,6 +34,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module that can be imported and was not."""
     name = f"own_task_{tmp_path.name.replace('-', '_')}"
     (tmp_path / f"{name}.py").write_text(OWN + f'\nopen("{tmp_path}/imported", "w").close()\n')
+    (tmp_path / "broken_own_task.py").write_text("class Own(\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(task_facts, "_allowed", set())
     yield name
@@ -81,9 +87,14 @@ def test_a_stored_config_imports_no_code(module, tmp_path):
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("no_such_module_at_all:Own", "cannot be imported (No module named"),
-        ("{module}:Missing", "cannot be imported (module"),
+        ("no_such_module_at_all:Own", "cannot be imported (ModuleNotFoundError: No module named"),
+        ("{module}:Missing", "cannot be imported (AttributeError: module"),
         ("{module}:NoTask", "is not a task. It must be a subclass of dist_ft.Task."),
+        (
+            "{module}:Half",
+            "the class lacks compute_loss, compute_scores, read_output, metrics. A task must",
+        ),
+        ("broken_own_task:Own", "cannot be imported (SyntaxError: "),
         ("os:getcwd", "is not a task. It must be a subclass of dist_ft.Task."),
         ("classification", "not a valid choice. Allowed: one of causal_lm, sequence_cl"),
         ("my.tasks.Own", "or the import path of a class such as mypackage.tasks:MyTask."),

@@ -13,6 +13,7 @@ from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import load_task_model, read_config
+from dist_ft.tasks.regression import Regression
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,9 @@ def test_longest_input_excludes_padding_positions(kind, places, longest):
                 input_ids=torch.full((1, longest + 1), 5),
                 attention_mask=torch.ones(1, longest + 1, dtype=torch.long),
             )
+
+
+def test_a_class_that_transformers_does_not_have_is_named(monkeypatch):
+    monkeypatch.setattr(Regression, "auto_class", "AutoModelForRanking")
+    with pytest.raises(ModelError, match="transformers has no class AutoModelForRanking"):
+        heads.auto_class(TaskSection(name="regression"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dist_ft.config.schema import TaskSection
-from dist_ft.core.errors import DataError
+from dist_ft.core.errors import DataError, ModelError
 from dist_ft.data.sources.discovery import RowLocation
 from dist_ft.tasks.base import make_task
 from dist_ft.tasks.question_answering import QuestionAnswering
@@ -142,3 +142,8 @@ def test_stored_tokens_depend_on_the_version_of_every_task():
     assert QuestionAnswering(section).recipe() == {"labels": "spans"}
     assert OwnAnswers(section).recipe() == {"labels": "spans", "version": 2}
     assert make_task(task("embedding")).recipe() == {}
+
+
+def test_a_task_without_predictions_says_so():
+    with pytest.raises(ModelError, match=r"task\.name=masked_lm: the task does not say how"):
+        make_task(task("masked_lm")).predict(None, [])
