@@ -38,12 +38,10 @@ def _own_name(name: str) -> str:
 
 
 def _clear_stale() -> None:
-    """Remove the namespaces and bridges of test processes that have ended."""
-    bridges = subprocess.run(
-        ["ip", "-o", "link", "show", "type", "bridge"], capture_output=True, text=True
-    ).stdout
+    """Remove the namespaces, links and bridges of test processes that have ended."""
+    links = subprocess.run(["ip", "-o", "link", "show"], capture_output=True, text=True).stdout
     namespaces = os.listdir(NETNS_FOLDER) if os.path.isdir(NETNS_FOLDER) else []
-    for listing, command in ((" ".join(namespaces), ["netns", "del"]), (bridges, ["link", "del"])):
+    for listing, command in ((" ".join(namespaces), ["netns", "del"]), (links, ["link", "del"])):
         for found in OWN_NAME.finditer(listing):
             if not os.path.exists(f"/proc/{found[1]}"):
                 subprocess.run(["ip", *command, found[0]], capture_output=True)
@@ -118,6 +116,10 @@ def star(size: int) -> Iterator[list[tuple[str, str]]]:
                 ip("-n", name, "link", "set", LINK, "up")
             yield places
         finally:
+            # The kernel removes a namespace's links later, when its last process has ended.
+            # Until then, the next test could not create links of the same names.
+            for name, _ in places:
+                subprocess.run(["ip", "link", "del", f"{name}u"], capture_output=True)
             ip("link", "del", bridge)
 
 
