@@ -14,6 +14,7 @@ from datetime import datetime
 from threading import Lock
 from typing import Any, NamedTuple, TypedDict
 
+from dist_ft.core import fault_injection
 from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
 from dist_ft.storage import listing, local_files
@@ -245,7 +246,11 @@ class Store:
         self._call("remove", path, _remove)
 
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
-        return _attempt(verb, self.full_url(path), action)
+        place = f"{verb}.{path.split('/', 1)[0]}"  # such as write.attempts
+        fault_injection.hit(f"storage.before_{place}")
+        result = _attempt(verb, self.full_url(path), action)
+        fault_injection.hit(f"storage.after_{place}")
+        return result
 
 
 def _require_complete(content: Any, start: int | None, stop: int | None) -> Any:

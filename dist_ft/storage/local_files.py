@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO
 from uuid import uuid4
 
+from dist_ft.core import fault_injection
+
 HIDDEN = ".tmp-"
 """Prefix of files that are being written."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -81,6 +83,7 @@ def _write_then(
         # not yet the bytes.
         with open(temporary, "xb") as file:
             _write_and_sync(file, content)
+        fault_injection.hit("storage.before_publish")
         publish(temporary, path)
     finally:
         # A rename moved it, a hard link or an error left it.

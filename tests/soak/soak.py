@@ -4,8 +4,9 @@
     python tests/soak/soak.py --mode ray --kills 40      # under Ray
     python tests/soak/soak.py --report                   # print the results in the journal
 
-Without Ray the ranks are killed with -9, at random or inside a save. Under Ray the training
-processes, their keepers, the Ray workers and the driver are killed.
+Without Ray the ranks are killed with -9: at random, inside a save, or where a bookkeeping file is
+written or removed. Under Ray the training processes, their keepers, the Ray workers and the driver
+are killed, at random or at such a file.
 
 Each run trains a small model with dropout and packing, and saves in the background every four
 steps. After every kill all checkpoints are compared with their checksums. At the end of a run its
@@ -37,6 +38,18 @@ FAILPOINTS = (
     "checkpoint.before_manifest",
     "checkpoint.after_manifest",
 )
+FIRST_START = ("write.run.yaml", "write.model", "write.data", "write.attempts")
+"""Storage calls at which the first start of a run is killed (see `Store._call`)."""
+BOOKKEEPING = (
+    "write.attempts",
+    "write.ledger",
+    "write.metrics.jsonl",
+    "write.time",
+    "write.manifest.json",
+    "remove.checkpoints",
+    "remove.ledger",
+)
+"""Storage calls at which any start is killed."""
 MARK = "DIST_FT_SOAK"
 """Marks all processes of the run: keepers and their processes are no children of the driver."""
 RUNTIME_MODULES = {"worker_process": "process", "process_keeper": "keeper"}
@@ -92,9 +105,15 @@ class Journal:
         )
         kills = [line for line in lines if line["what"] == "kill"]
         ends = [line for line in lines if line["what"] == "end"]
+        ended = {(line["mode"], line["seed"], line["number"]) for line in ends}
         for mode in ("ranks", "ray"):
-            counts = Counter(line["victim"].split(":")[0] for line in kills if line["mode"] == mode)
-            print(f"{mode}: {sum(counts.values())} kills: {dict(counts)}")
+            of_mode = [line for line in kills if line["mode"] == mode]
+            counts = Counter(line["victim"].split(":")[0] for line in of_mode)
+            in_ended = sum((mode, line["seed"], line["number"]) in ended for line in of_mode)
+            print(
+                f"{mode}: {len(of_mode)} kills, {in_ended} of them in runs followed to their end: "
+                f"{dict(counts)}"
+            )
         bad = [line for line in lines if line["what"] == "failed" or not line.get("sound", True)]
         print(
             f"finished runs: {len(ends)}; bit-equal to the undisturbed run with every sample once: "
@@ -158,6 +177,31 @@ def run_undisturbed(base: Path, document: dict[str, Any]) -> None:
     ranks.require_ok(ranks.run_ranks(2, [document], base / "unbroken"), base / "unbroken")
 
 
+def draw_failpoint(rng: random.Random, *, is_first_start: bool) -> str:
+    """Return where to kill a process of the next start; "" for a random moment."""
+    if is_first_start and rng.random() < 0.5:
+        return f"storage.{rng.choice(('before', 'after'))}_{rng.choice(FIRST_START)}"
+
+    kind = rng.choices(["save", "bookkeeping", "publish", ""], [3, 3, 1, 4])[0]
+    if kind == "save":
+        return f"{rng.choice(FAILPOINTS)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}"
+    if kind == "bookkeeping":
+        moment, place = rng.choice(("before", "after")), rng.choice(BOOKKEEPING)
+        return f"storage.{moment}_{place}:{rng.randint(1, 3)}"
+    if kind == "publish":
+        # between the hidden file and its rename
+        return f"storage.before_publish:{rng.randint(1, 40)}"
+    return ""
+
+
+def describe_failpoint(failpoint: str) -> str:
+    """Return a failpoint for the journal, preceded by its kind."""
+    if not failpoint:
+        return ""
+    kind = "save" if failpoint.startswith("checkpoint.") else "bookkeeping"
+    return f"{kind}:{failpoint}"
+
+
 def verify_checkpoints(run: Path, journal: Journal, **values: Any) -> None:
     """Verify all checkpoints, and add the kill to the journal."""
     from dist_ft.checkpoint import discovery
@@ -195,11 +239,7 @@ def run_with_ranks(
 
     run, folder = base / "runs" / document["run"]["name"], base / document["run"]["name"]
     for kills in range(10**6):
-        failpoint = (
-            f"{rng.choice(FAILPOINTS)}:{rng.randint(1, 6)}@{rng.randint(0, 1)}"
-            if rng.random() < 0.4
-            else ""
-        )
+        failpoint = draw_failpoint(rng, is_first_start=not run.exists())
         processes = ranks.start_ranks(
             2, [document], folder, {"DIST_FT_FAILPOINT": failpoint} if failpoint else {}
         )
@@ -225,7 +265,7 @@ def run_with_ranks(
                 raise SystemExit(f"ranks ended with {codes}")
             return kills
         verify_checkpoints(
-            run, journal, victim=f"save:{failpoint}" if failpoint else f"rank:{victims}", **labels
+            run, journal, victim=describe_failpoint(failpoint) or f"rank:{victims}", **labels
         )
     raise AssertionError("unreachable")
 
@@ -246,16 +286,24 @@ def run_with_ray(
     path = base / "ray.yaml"
     path.write_text(yaml.safe_dump(document))
     log = base / "ray.log"
-    while True:
+    for start in range(10**6):
+        failpoint = draw_failpoint(rng, is_first_start=not run.exists())
+        # A failpoint kills once, although each new process of the run inherits it.
+        marker = base / f"{document['run']['name']}-{start}.failed"
+        variables = {"DIST_FT_FAILPOINT": failpoint, "DIST_FT_FAILPOINT_ONCE": str(marker)}
         with open(log, "ab") as output:
             driver = subprocess.Popen(
                 [sys.executable, "-m", "dist_ft.cli", "train", str(path)],
                 cwd=base,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, MARK: base.name},
+                env={**os.environ, MARK: base.name, **(variables if failpoint else {})},
             )
+        is_counted = False
         while driver.poll() is None:
+            if marker.exists() and not is_counted:
+                kills, is_counted = kills + 1, True
+                verify_checkpoints(run, journal, victim=describe_failpoint(failpoint), **labels)
             if rng.random() < 0.85:  # else the kill may come during recovery
                 wait_for_checkpoint(run, driver)
             until = time.monotonic() + rng.uniform(0.5, 10.0)
@@ -266,7 +314,7 @@ def run_with_ray(
                 continue
             kind = rng.choices(
                 list(victims),
-                [{"process": 20, "keeper": 2, "worker": 3, "driver": 1}[kind] for kind in victims],
+                [{"process": 20, "keeper": 3, "worker": 4, "driver": 4}[kind] for kind in victims],
             )[0]
             try:
                 rng.choice(victims[kind]).kill()
@@ -275,6 +323,9 @@ def run_with_ray(
             kills += 1
             time.sleep(0.5)
             verify_checkpoints(run, journal, victim=kind, **labels)
+        if marker.exists() and not is_counted:
+            kills += 1
+            verify_checkpoints(run, journal, victim=describe_failpoint(failpoint), **labels)
         if driver.returncode == 0:
             return kills
         if driver.returncode != -9:
@@ -282,6 +333,7 @@ def run_with_ray(
                 what="failed", codes=[driver.returncode], log=log.read_text()[-2000:], **labels
             )
             raise SystemExit(f"the driver ended with {driver.returncode}")
+    raise AssertionError("unreachable")
 
 
 def wait_for_checkpoint(run: Path, driver: subprocess.Popen[bytes]) -> None:

@@ -350,3 +350,20 @@ def test_a_silent_host_is_given_up_and_not_contacted_again(monkeypatch):
                 Store("s3://silent").read(path)
     assert requests == ["s3://silent/a"] and time.monotonic() - start < 5
     never.set()
+
+
+@pytest.mark.parametrize("method", ["write", "create"])
+@pytest.mark.parametrize(
+    ("failpoint", "is_written"),
+    [
+        ("storage.before_write.attempts", False),
+        ("storage.before_publish", False),
+        ("storage.after_write.attempts", True),
+    ],
+)
+def test_failpoint_before_or_after_a_write(tmp_path, monkeypatch, method, failpoint, is_written):
+    store = Store(str(tmp_path))
+    monkeypatch.setenv("DIST_FT_FAILPOINT", f"{failpoint}:*!raise")
+    with pytest.raises((RuntimeError, StorageError)):
+        getattr(store, method)("attempts/000001.json", b"{}")
+    assert store.list("attempts") == (["000001.json"] if is_written else [])
