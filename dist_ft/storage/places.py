@@ -63,6 +63,6 @@ def not_followed(field: str, url: str, folder: str) -> str:
     place = redact(place_of(folder) or folder)
     return (
         f"{field}={redact(url)}: named by {redact(folder)}, which lies elsewhere ({place}). A "
-        "folder that is read sends no request to another place: only data and models next to it, or named "
-        "by you, are read."
+        "folder that is read sends no request to another place: only data and models next to it, "
+        "or named by you, are read."
     )

@@ -193,7 +193,8 @@ def _copy(
         if scanner.found:
             yield (
                 f"--project: {shown(name)} contains {scanner.found}, and the project is uploaded "
-                "to the cluster. Exclude it (--exclude, .gitignore) or remove it. Nothing was uploaded."
+                "to the cluster. Exclude it (--exclude, .gitignore) or remove it. Nothing was "
+                "uploaded."
             )
 
     if total > MAX_BYTES:
