@@ -251,7 +251,8 @@ def export(
         dtype: type of the exported weights, float32 or bfloat16. Default: as the model was trained.
         adapter: write the adapter alone, for `peft`. Default: merge it into the weights.
         best: export the best checkpoint by checkpoint.best_by.
-        int8: quantize linear layers to 8 bits (torchao), and measure what that changes.
+        int8: quantize linear layers to 8 bits (torchao), and measure what that changes. Scores need
+            held-out data in the run's own place, or a config, which names its place.
         average: export the average (tuning.ema_decay). Default: the weights that evaluations used.
 
     Returns:
@@ -259,11 +260,7 @@ def export(
     """
     from dist_ft.checkpoint.export import ExportOptions
     from dist_ft.runs.export_model import export_model
-    from dist_ft.storage import filesystem
 
-    if isinstance(run, RunConfig):
-        filesystem.configure(run.storage.options)
-        run = run.run_url
     options = ExportOptions(step, best, dtype, adapter, average)
     return export_model(run, out, options, as_int8=int8)
 

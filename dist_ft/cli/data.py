@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_ft.cli.arguments import Config, Overrides, Run, run_url
+from dist_ft.cli.arguments import Config, Overrides, Run, named_run
 
 if TYPE_CHECKING:
     from dist_ft.core.errors import DataError
@@ -317,23 +317,35 @@ def write(
     )
 
 
-def verify(run: Run, overrides: Overrides = None) -> None:
+def verify(
+    run: Run,
+    overrides: Overrides = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Place of the run's data (a bucket, a host, a hub name) that may be read, if RUN "
+            "is a folder in another place. Repeatable.",
+        ),
+    ] = None,
+) -> None:
     """Prove from its ledger that a run consumed every sample once an epoch, over all attempts.
 
     Also compares the shards with those the run started from. Exits 1 if a sample was lost or
-    repeated.
+    repeated. A folder does not decide where requests go: its storage options are not applied.
 
     \b
     Examples:
       dist-ft data verify runs/mine
       dist-ft data verify configs/llama-8b.yaml run.name=mine
+      dist-ft data verify s3://bucket/runs/mine --data s3://corpus
 
     Next: nothing to do if the answer is yes.
     """
     from dist_ft.core.logs import redact
     from dist_ft.runs import ledger_audit
 
-    url = run_url(run, overrides)
+    url, places = named_run(run, overrides)
     audit = ledger_audit.audit(url)
 
     typer.echo(redact(ledger_audit.describe(audit)))
@@ -341,7 +353,8 @@ def verify(run: Run, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
     # Last, as it lists all of the data: the ledger only proves something if its data is unchanged.
-    typer.echo(f"shards unchanged since the run started: all {ledger_audit.verify_shards(url)}")
+    num_shards = ledger_audit.verify_shards(url, (*places, *(data or ())))
+    typer.echo(f"shards unchanged since the run started: all {num_shards}")
 
 
 def _parse_shares(texts: Sequence[str]) -> dict[str, float]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dist_ft.cli.arguments import Overrides, Run, is_config_file
+from dist_ft.cli.arguments import Overrides, Run, is_config_file, run_url
 
 DTYPES = ("bfloat16", "float32")
 
@@ -78,8 +78,10 @@ def export(
 
     quiet_third_parties()
 
-    # A config also brings the options of its storage; a folder has none yet.
-    source = load_config(run, overrides or ()) if is_config_file(run) else run
+    # A config also brings the options of its storage; for a folder they are overridden.
+    source: Any = run_url(run, overrides)
+    if is_config_file(run):
+        source = load_config(run, overrides or ())
     changes = api.export(
         source,
         out,

@@ -62,7 +62,8 @@ def submit(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Files not to upload, in addition to .gitignore and the usual ones. Repeatable.",
+            help="Files not to upload, in addition to .gitignore, .rayignore and the usual ones. "
+            "Repeatable.",
         ),
     ] = None,
     shared: Annotated[
@@ -139,13 +140,19 @@ def submit(
 
     if print_only:
         typer.echo(request.submit_command(redact(server.url), bool(server.headers)))
+        if prepared.packed is not None:
+            _print_status(f"packed the project into {prepared.packed.archive}; remove it after use")
         return
 
     if running is None:
         name = request.name
-        submission.submit(server, request)
+        try:
+            submission.submit(server, request)
+        finally:
+            prepared.remove_package()
         _print_status(f"job {name} is submitted to {server.display_url}")
     else:
+        prepared.remove_package()
         # Two jobs of one run would compete for its checkpoints. The command contains the config.
         name = str(running["submission_id"])
         note = ""

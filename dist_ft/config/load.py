@@ -16,7 +16,7 @@ from dist_ft.config.assemble import assemble, assemble_stored, assemble_stored_s
 from dist_ft.config.document import apply_overrides, name_of, parse_yaml, read_document
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
-from dist_ft.config.schema import RunConfig, Section
+from dist_ft.config.schema import RunConfig, Section, StorageSection
 from dist_ft.config.task_facts import IMPORT_PATH, allow_task, task_class
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.logs import redact
@@ -35,6 +35,7 @@ __all__ = [
     "identity",
     "inspect_config",
     "load_config",
+    "load_storage_overrides",
     "load_stored_config",
     "load_stored_mapping",
     "load_stored_section",
@@ -113,6 +114,25 @@ def _import_task(mapping: Mapping[str, Any]) -> None:
     if isinstance(name, str) and IMPORT_PATH.fullmatch(name):
         allow_task(name)
         task_class(name)
+
+
+def load_storage_overrides(overrides: Sequence[str]) -> StorageSection:
+    """Return the storage options that overrides set, for a command that gets a run's folder.
+
+    Raises:
+        ConfigError: an override is malformed, or sets another field.
+    """
+    mapping, problems = apply_overrides({}, overrides, is_text)
+    problems = list(problems)
+    for section in mapping:
+        if section != "storage":
+            problems.append(
+                f"{section}: cannot be overridden, as the run is given by its folder. Allowed: "
+                "storage.options. Give the run's config, or remove it."
+            )
+    if problems:
+        raise ConfigError([redact(problem) for problem in problems], "command line")
+    return load_stored_section(mapping, "storage", StorageSection, "command line")
 
 
 def read_stored_config(store: Store) -> dict[str, Any]:

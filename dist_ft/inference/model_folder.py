@@ -98,7 +98,8 @@ def load_folder(path: str, device: str) -> LoadedModel:
 
     Raises ModelError if it does not exist, or if weights of the head are missing.
     """
-    folder = _local_folder(path)
+    location = initial_weights.resolve_model_section(ModelSection(path=path)).path
+    folder = fetch_model(location)
     info_file = Path(folder) / export.INFO_FILE
     info: FolderInfo = {}
     if info_file.exists():
@@ -115,7 +116,10 @@ def load_folder(path: str, device: str) -> LoadedModel:
         dtype = "bfloat16"
 
     attention = _choose_attention(info.get("attention", "sdpa"), device)
-    section = ModelSection.model_validate({"path": folder, "dtype": dtype, "attention": attention})
+    # by its own place, near which the base model of an adapter may be
+    section = ModelSection.model_validate(
+        {"path": location, "dtype": dtype, "attention": attention}
+    )
     tokenizer = load_tokenizer(section)
 
     # A model that is prompted for labels is loaded as what it is: a causal model, without a head.

@@ -21,6 +21,7 @@ from dist_ft.inference import prediction_shards
 from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
 from dist_ft.inference.prediction_shards import ShardTask
+from dist_ft.runtime.ray_backend import implicit_uploads
 from dist_ft.storage.filesystem import Store
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -127,6 +128,7 @@ def _connected(workers: int) -> Iterator[Any]:
     # without a GPU, and Ray does not warn about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    implicit_uploads.forbid()
     import ray
 
     # A caller's own connection is used, and left open for it.

@@ -8,24 +8,28 @@ compared.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_ft.checkpoint import export, trained_model
 from dist_ft.checkpoint.export import ExportOptions
 from dist_ft.checkpoint.manifest import Manifest
-from dist_ft.config.load import STORED, load_stored_config
+from dist_ft.config.load import STORED
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.errors import ConfigError
+from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.model.loading import int8
 from dist_ft.model.loading.load import probe_outputs
-from dist_ft.runs import model_card
+from dist_ft.runs import model_card, stored_run
 from dist_ft.runs.model_card import BeforeAfter
+from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 
+log = logging.getLogger("dist_ft.run")
 LATENCY_TOKENS = 32
 """Length of the text whose latency is measured, in tokens."""
 LATENCY_PASSES = 20
@@ -35,14 +39,16 @@ WARMUP_PASSES = 3
 
 
 def export_model(
-    url: str, out: str, options: ExportOptions, *, as_int8: bool = False
+    run: RunConfig | str, out: str, options: ExportOptions, *, as_int8: bool = False
 ) -> dict[str, BeforeAfter] | None:
-    """Export the run at `url` into the local folder `out`.
+    """Export a run into the local folder `out`.
 
     Returns what int8 weights changed, if they were requested.
 
     Args:
-        url: folder of the run.
+        run: the run's config, or the URL of its folder. A folder does not decide where requests go:
+            held-out data that it names in other places than its own are not read, and the model is
+            not scored on them.
         out: local folder to write.
         options: which weights to export.
         as_int8: store the weights of linear layers as 8-bit integers.
@@ -59,6 +65,13 @@ def export_model(
         # Before the weights are read and merged, which takes minutes for a large model.
         int8.require_torchao()
 
+    named: tuple[str, ...] = ()
+    if isinstance(run, RunConfig):
+        filesystem.configure(run.storage.options)
+        named = stored_run.named_places(run)
+        run = run.run_url
+    url = run
+
     store = Store(url)
     changes: dict[str, BeforeAfter] | None = None
 
@@ -66,7 +79,7 @@ def export_model(
     def finish(folder: Path, manifest: Manifest) -> None:
         nonlocal changes
         if as_int8:
-            changes = _quantize(store, folder)
+            changes = _quantize(store, folder, named)
 
         # After quantization: the card lists what it changed.
         if not options.adapter:
@@ -77,12 +90,12 @@ def export_model(
     return changes
 
 
-def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
+def _quantize(store: Store, folder: Path, named: Sequence[str]) -> dict[str, BeforeAfter]:
     """Replace the model in `folder` by itself with int8 weights; return what changed."""
     # A sibling, so that the rename below stays within one filesystem.
     quantized = folder.with_name("int8")
     int8.quantize_int8(folder, quantized, trained_model.load_task(store))
-    changes = compare(folder, quantized, _config_with_data(store))
+    changes = compare(folder, quantized, _config_to_score_by(store, named))
 
     about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))
     about["int8"] = changes
@@ -93,13 +106,20 @@ def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
     return changes
 
 
-def _config_with_data(store: Store) -> RunConfig | None:
-    """Return the run's config if it has held-out data."""
+def _config_to_score_by(store: Store, named: Sequence[str]) -> RunConfig | None:
+    """Return the run's config if it has held-out data that may be read."""
     if not store.exists(STORED):
         return None
 
-    config = load_stored_config(store)
+    config = stored_run.config_to_score_by(store)
     if not config.evaluation.data:
+        return None
+
+    remedy = "Export by the run's config (dist-ft export CONFIG --int8) to score it."
+    try:
+        stored_run.require_readable(store, config.evaluation.data, "evaluation.data", named, remedy)
+    except DataError as error:
+        log.warning("int8 weights are not scored: %s", error)
         return None
     return config
 
@@ -135,12 +155,7 @@ def compare(before: Path, after: Path, config: RunConfig | None) -> dict[str, Be
     del model_before, model_after
 
     if config is not None:
-        # The run may have used Ray workers with GPUs that this machine does not have.
-        in_process = config.cluster.model_copy(update={"workers": 0})
-        scores = evaluate_models(
-            config.model_copy(update={"cluster": in_process}), [str(before), str(after)]
-        )
-
+        scores = evaluate_models(config, [str(before), str(after)])
         first, second = scores[str(before)], scores[str(after)]
         for name, value in first.items():
             if isinstance(value, int | float) and name != "num_target_tokens":

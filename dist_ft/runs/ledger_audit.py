@@ -2,11 +2,13 @@
 
 Reads the ledger of the latest checkpoint (all attempts of its history) and the run's index, but no
 tokens. Each segment may come once in an epoch of its source, and an epoch that all lanes have
-passed must hold every segment.
+passed must hold every segment. The storage options in the run's config are not applied: the run may
+be someone else's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +23,8 @@ from dist_ft.data.blocks import index_file
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sources.discovery import Shard, discover_shards
+from dist_ft.runs.stored_run import require_readable
 from dist_ft.runtime.bootstrap.build_data import FOLDER
-from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 
 
@@ -83,10 +85,6 @@ def audit(url: str) -> Audit:
     """
     store = Store(url)
     config = _stored_config(store)
-
-    # run.yaml was read with this machine's own settings. From here on the run's stored options (an
-    # endpoint, a region) apply, to its data too.
-    filesystem.configure(config.storage.options)
     index = index_file.load(store, f"{FOLDER}/data.train")
 
     # Which rows the ledger has depends on the checkpoint: steps after it will be repeated.
@@ -113,15 +111,25 @@ def audit(url: str) -> Audit:
     )
 
 
-def verify_shards(url: str) -> int:
+def verify_shards(url: str, named: Sequence[str] = ()) -> int:
     """Compare the shards of the run at `url` with its index; return the number of shards.
 
+    Args:
+        url: the run's folder.
+        named: places of data that the user named; others than the run's own are not read.
+
     Raises:
-        DataError: a shard changed since the run started.
+        DataError: a shard changed since the run started, or lies in a place that nobody named.
     """
     store = Store(url)
     config = _stored_config(store)
-    filesystem.configure(config.storage.options)
+    require_readable(
+        store,
+        config.data.train,
+        "data.train",
+        named,
+        "Give the run's config (dist-ft data verify CONFIG), or name the place (--data).",
+    )
 
     index = index_file.load(store, f"{FOLDER}/data.train")
     if index is None:

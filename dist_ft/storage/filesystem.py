@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
-from dist_ft.storage import listing, local_files
+from dist_ft.storage import http_client, listing, local_files
 from dist_ft.storage.error_messages import explain, s3_code
 from dist_ft.storage.retry import max_attempts, with_retries
 
@@ -29,7 +29,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
             "connect_timeout": 10,
             "read_timeout": 60,
         }
-    }
+    },
+    "http": {"get_client": http_client.create_client},
+    "https": {"get_client": http_client.create_client},
 }
 _filesystems: dict[tuple[int, str], Any] = {}
 _lock = Lock()

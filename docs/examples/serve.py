@@ -17,8 +17,8 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from dist_ft.core.errors import DistFtError
 from dist_ft.inference.predict import Predictor
+from dist_ft.inference.request_batch import RequestError, answer_requests, parse_rows
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=64)
@@ -31,36 +31,22 @@ class Model:
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.01)
     async def answer(self, requests: list[list[dict[str, Any]]]) -> list[Any]:
-        """Return the predictions for each request, or the error of a bad one."""
-        rows = [row for request in requests for row in request]
-        try:
-            predictions = iter(self.predictor.predict(rows))
-            return [[next(predictions) for _ in request] for request in requests]
-        except DistFtError:
-            return [self._predict_alone(request) for request in requests]
-
-    def _predict_alone(self, rows: list[dict[str, Any]]) -> Any:
-        try:
-            return self.predictor.predict(rows)
-        except DistFtError as error:
-            return error
+        """Return the predictions for each request, or the error that it alone failed with."""
+        return answer_requests(self.predictor.predict, requests)
 
     async def __call__(self, request: Request) -> JSONResponse:
         """Answer a JSON list of rows."""
         try:
-            rows = await request.json()
-        except ValueError:
-            rows = None
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            return JSONResponse(
-                {"error": 'the body must be a JSON list of rows, such as [{"text": "..."}]'}, 400
-            )
-        answers = await self.answer(rows)
-        return (
-            JSONResponse({"error": str(answers)}, 400)
-            if isinstance(answers, DistFtError)
-            else JSONResponse(answers)
-        )
+            rows = parse_rows(await request.body())
+        except RequestError as error:
+            return JSONResponse({"error": str(error)}, 400)
+
+        answer = await self.answer(rows)
+        if isinstance(answer, RequestError):
+            return JSONResponse({"error": str(answer)}, 400)
+        if isinstance(answer, Exception):  # no row explains it: status 500, and a trace in the log
+            raise answer
+        return JSONResponse(answer)
 
 
 app = Model.bind(os.environ.get("MODEL", "out/"))  # type: ignore[attr-defined]

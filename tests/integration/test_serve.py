@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,4 +111,22 @@ def test_a_bad_request_gets_one_line(served: tuple[str, str]) -> None:
     status, said = post(url, [{"words": "x"}])
     assert status == 400 and said["error"].startswith("a row has no text in 'text' (it has words)")
     status, said = post(url, {"text": "x"})
-    assert status == 400 and "a JSON list of rows is needed" in said["error"]
+    assert status == 400 and "must be a JSON list of rows" in said["error"]
+
+
+def test_bad_rows_fail_their_own_request_only(served: tuple[str, str]) -> None:
+    url, model = served
+    good = {"text": "the quick tea tea"}
+    [expected] = Predictor(model).predict([good])
+    bad = [{"text": "half \ud800"}, {"text": 5}, {"text": None}, {"text": ["x"]}, {"words": "x"}]
+    requests = [[good], *([row] for row in bad), [good, good], [good, bad[0]]]
+    # at once, so that they share batches
+    with ThreadPoolExecutor(len(requests)) as pool:
+        for _ in range(3):
+            answers = list(pool.map(lambda rows: post(url, rows), requests))
+            assert [status for status, _ in answers] == [200, *(400 for _ in bad), 200, 400]
+            for status, said in answers:
+                if status == 200:
+                    assert all(one["label"] == expected["label"] for one in said)
+                else:
+                    assert "\n" not in said["error"] and "Traceback" not in said["error"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
 import signal
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,9 @@ import pytest
 import tiny
 import yaml
 from job_cluster import Cluster, CuttableProxy, cluster
+from packing_names import HONEST, SECRET
+
+from dist_ft.cluster.jobs import package
 
 pytest.importorskip("aiohttp_cors", reason="needs ray[default] (the extra `cluster`)")
 pytestmark = pytest.mark.ray
@@ -81,6 +87,52 @@ def test_a_job_that_cannot_start_is_one_line_before_anything_starts(
 
 
 @pytest.mark.slow
+def test_cluster_has_exactly_the_listed_files(there: Cluster, base: Path, tmp_path: Path) -> None:
+    """What the list says, what the archive holds, and what Ray unpacks on a node are the same."""
+    project = tmp_path / "project"
+    for name in [*SECRET, *HONEST, "ignored.txt", "deep/er/x.py"]:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(f"text of {name}\n")
+    subprocess.run(["git", "init", "-q", str(project)], check=True)
+    (project / ".gitignore").write_text("ignored.txt\n")
+    (project / "link.py").symlink_to("train.py")
+    (project / "linked").symlink_to("deep")
+    (project / "run.sh").write_text("#!/bin/sh\n")
+    (project / "run.sh").chmod(0o755)
+    file, _ = write(base, "packed", model={"path": str(base / "no-model")})
+    shutil.copy(base / file, project / file)
+    subprocess.run(["git", "-C", str(project), "add", *HONEST[:20]], check=True)
+
+    expected = {*HONEST, ".gitignore", "deep/er/x.py", "link.py", "linked/er/x.py", "run.sh", file}
+    assert set(package.files(project)) == expected
+
+    submit = ("submit", file, "--package", "--skip-check")
+    code, output = there.run(*submit, "--print", cwd=project)
+    words = shlex.split(output.strip().splitlines()[-2])
+    environment = json.loads(words[words.index("--runtime-env-json") + 1])
+    printed = Path(environment["working_dir"])
+    assert code == 0 and "excludes" not in environment, output
+    with zipfile.ZipFile(printed) as archive:
+        assert set(archive.namelist()) == expected
+    printed.unlink()
+
+    # the job fails for want of a model, after its files were unpacked
+    code, output = there.run(*submit, cwd=project)
+    assert code == 2 and "no-model" in output, output[-2000:]
+    [sent] = {path.parent for path in (there.folder / "ray").rglob("link.py")}
+    unpacked = {path.relative_to(sent).as_posix() for path in sent.rglob("*") if path.is_file()}
+    assert unpacked == expected
+    assert (sent / "link.py").read_text() == "text of train.py\n"
+    assert (sent / "run.sh").stat().st_mode & 0o100
+    assert list(printed.parent.glob("*.zip")) == [], "the archive on this machine is removed"
+
+    (project / "out.txt").symlink_to("/etc/hosts")
+    code, output = there.run(*submit, "run.name=refused", cwd=project)
+    assert code == 2 and "out.txt is a link out of the project" in output, output
+    assert "refused" not in there.run("jobs", "list", cwd=base)[1]
+
+
+@pytest.mark.slow
 def test_submit_and_the_printed_command_both_finish_the_run(there: Cluster, base: Path) -> None:
     file, document = write(base, "well")
     code, output = there.run("submit", file, "--package", "--exclude", "cache", cwd=base)
@@ -92,7 +144,8 @@ def test_submit_and_the_printed_command_both_finish_the_run(there: Cluster, base
         "submit", file, "run.name=printed", "--package", "--exclude", "cache", "--print", cwd=base
     )
     assert code == 0 and there.token not in line, line
-    line = line.strip().splitlines()[-1]
+    # the last line, on stderr, says where the archive is
+    line = line.strip().splitlines()[-2]
     assert shlex.split(line)[:4] == ["RAY_AUTH_MODE=token", "ray", "job", "submit"]
     done = subprocess.run(
         ["sh", "-c", line], cwd=base, env=there.env, capture_output=True, text=True, timeout=240

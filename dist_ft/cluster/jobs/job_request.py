@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dist_ft.cluster.jobs.job_server import JobInfo
-from dist_ft.cluster.jobs.package import is_excluded
+from dist_ft.cluster.jobs.package import Package, is_excluded
 from dist_ft.config.load import load_config, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.logs import SECRET_NAME
@@ -43,11 +43,13 @@ class Project:
         location: where the job finds it.
         folder: the project's folder on this machine.
         excludes: patterns of files that are not uploaded.
+        package: its files, packed for upload; None: they are not uploaded, or could not be packed.
     """
 
     location: ProjectLocation
     folder: Path
     excludes: Sequence[str] = ()
+    package: Package | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ def create_request(
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(grace_s), **variables}
     }
 
+    # The archive, never the folder: Ray would pack the folder by rules of its own.
     if project.location == "package":
-        environment["working_dir"] = str(project.folder)
-        environment["excludes"] = list(project.excludes)
+        assert project.package is not None
+        environment["working_dir"] = str(project.package.archive)
 
     metadata = {RUN_KEY: run_location(config, project.folder), NAME_KEY: config.run.name}
     return Request(name, command, environment, metadata)
@@ -261,15 +264,27 @@ def _relative_path_problem(path: _ConfigPath, project: Project) -> str | None:
             f"nodes see.{remedy}"
         )
 
-    if not _exists_in(project.folder, path.value):
+    # Paths may be globs. What lies above the folder is not uploaded.
+    pattern = os.path.normpath(path.value)
+    found = [] if pattern.startswith("..") else list(project.folder.glob(pattern))
+    if not found:
         return f"not in the project's folder {project.folder}, which is uploaded. Correct the path."
+
+    if project.package is not None and not _holds_any(project.package, project.folder, found):
+        return (
+            "not uploaded with the project: git ignores it, or it is excluded. Change .gitignore, "
+            "or use a bucket or an absolute path that all nodes see."
+        )
     return None
 
 
-def _exists_in(folder: Path, value: str) -> bool:
-    # Paths may be globs. What lies above the folder is not uploaded.
-    pattern = os.path.normpath(value)
-    return not pattern.startswith("..") and any(True for _ in folder.glob(pattern))
+def _holds_any(package: Package, folder: Path, paths: Sequence[Path]) -> bool:
+    """Return whether a package holds one of the files, or a file below one of the folders."""
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        if any(packed == name or packed.startswith(f"{name}/") for packed in package.names):
+            return True
+    return False
 
 
 def _config_paths(config: RunConfig) -> Iterator[_ConfigPath]:
@@ -303,4 +318,5 @@ def _config_paths(config: RunConfig) -> Iterator[_ConfigPath]:
 
 def _is_hub_name(value: str) -> bool:
     # "org/model" may also be a folder here; then the local one is meant
-    return bool(_HUB_NAME.match(value)) and not os.path.exists(value)
+    is_path = value.startswith((".", "~")) or os.path.exists(value)
+    return bool(_HUB_NAME.match(value)) and not is_path

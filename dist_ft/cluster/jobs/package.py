@@ -1,104 +1,117 @@
-"""Selects the files of a project that are uploaded with a job, and refuses credentials among them.
+"""Packs a project for upload with a job, and refuses credentials in it.
 
-Ray packs the folder (`working_dir`) without files that .gitignore or `EXCLUDES` match. Guarantees:
-environment files, keys, repositories, runs and caches are never uploaded; a file with a credential
-of this environment or a private key is refused by name before anything is uploaded, and so is a
-folder that is too large for Ray.
+Ray gets a zip archive that this module wrote, of exactly the files that `project_files` lists.
+Guarantees: keys, environment files, repositories, runs and caches are never uploaded; a file with a
+credential of this environment, a private key or a known kind of token is refused by name before
+anything is uploaded, and so is a project that is too large for Ray; the bytes that were searched
+are the bytes in the archive, whatever changes meanwhile. Memory does not depend on the size of a
+file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
-import re
-import subprocess
+import stat
+import time
+import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
 
-from dist_ft.core.logs import SECRET_NAME
+from dist_ft.cluster.jobs.project_files import (
+    Listing,
+    ProjectFile,
+    list_files,
+    open_file,
+    shown,
+)
+from dist_ft.cluster.jobs.secret_content import CHUNK_BYTES, SecretScanner, variable_spellings
+from dist_ft.cluster.jobs.secret_names import is_secret_name
 
 EXCLUDES = (
     ".git",
+    ".hg",
+    ".svn",
     ".venv",
     "venv",
     "__pycache__",
-    ".env",
-    ".env.*",
-    "*.env",
-    ".envrc",
-    ".netrc",
-    ".aws",
-    ".ssh",
-    ".kube",
-    ".docker",
-    "kubeconfig*",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "id_rsa*",
-    "id_ed25519*",
-    "credentials",
-    "*credentials*.json",
-    ".pypirc",
-    ".huggingface",
-    "service-account*.json",
     "/runs",
     "wandb",
     "mlruns",
+    ".cache",
     ".mypy_cache",
     ".ruff_cache",
     ".pytest_cache",
     ".hypothesis",
     ".ipynb_checkpoints",
+    ".tox",
+    ".nox",
+    "node_modules",
     "*.egg-info",
     "core.[0-9]*",
 )
-"""Patterns as in .gitignore; those that start with a slash are relative to the project's folder."""
+"""Files without use for a job: patterns as in .gitignore; those that start with a slash are
+relative to the project's folder. Names of credentials are in `secret_names`."""
 MAX_BYTES = 400 * 2**20
 """Ray accepts 500 MiB."""
-SCANNED_BYTES = 4 * 2**20
-"""How much of each file is searched for credentials."""
-_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----")
+MAX_AGE_S = 24 * 3600.0
+"""Archives of commands that were killed are removed after this time."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A packed project.
+
+    Attributes:
+        archive: the zip archive, in a folder of this user only.
+        names: the files in it.
+    """
+
+    archive: Path
+    names: tuple[str, ...]
+
+    def remove(self) -> None:
+        """Remove the archive."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self.archive.unlink()
+
+
+@dataclass(frozen=True)
+class PackedProject:
+    """The result of packing: a package, or one line for each reason not to upload the project."""
+
+    package: Package | None = None
+    problems: tuple[str, ...] = ()
+
+    def remove(self) -> None:
+        """Remove the archive, if there is one."""
+        if self.package is not None:
+            self.package.remove()
 
 
 def files(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
     """Yield the paths of the uploaded files, relative to `folder`."""
-    try:
-        # Ray respects .gitignore when it packs a folder, so git lists what it will upload:
-        # tracked files, and untracked ones that are not ignored. -z: names may contain anything.
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=folder,
-            capture_output=True,
-            timeout=60,
-            check=True,
-        ).stdout
-        names = [os.fsdecode(name) for name in listed.split(b"\0") if name]
-    except (OSError, subprocess.SubprocessError):  # no git, no repository
-        names = list(_walk(folder, "", excludes))
-
-    for name in names:
-        # git also lists tracked files that were deleted, submodules (folders) and dangling links
-        if not is_excluded(name, excludes) and (folder / name).is_file():
-            yield name
+    for file in _list(folder, excludes).files:
+        yield file.name
 
 
-def _walk(folder: Path, subfolder: str, excludes: Sequence[str]) -> Iterator[str]:
-    """Yield all files below a folder, without excluded folders, which may be large."""
-    for entry in sorted(os.scandir(folder / subfolder), key=lambda entry: entry.name):
-        path = os.path.join(subfolder, entry.name)
-        # not through links to folders, which may lead in circles
-        if entry.is_dir(follow_symlinks=False):
-            if not is_excluded(path, excludes):
-                yield from _walk(folder, path, excludes)
-        else:
-            yield path
+def _list(folder: Path, excludes: Sequence[str]) -> Listing:
+    return list_files(folder, lambda path: _matches(path, excludes))
 
 
 def is_excluded(path: str, excludes: Sequence[str] = EXCLUDES) -> bool:
-    """Return whether a relative path, or a folder above it, is excluded."""
+    """Return whether a relative path, or a folder above it, is never uploaded."""
+    return _matches(path, excludes) or is_secret_name(os.path.normpath(path))
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    """Return whether a relative path, or a folder above it, matches a pattern."""
     parts = Path(path).parts
-    for pattern in excludes:
+    for pattern in patterns:
         # as in .gitignore: a slash at the end does not anchor a pattern
         is_anchored = "/" in pattern.rstrip("/")
 
@@ -114,35 +127,79 @@ def is_excluded(path: str, excludes: Sequence[str] = EXCLUDES) -> bool:
 
 
 def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
-    """Yield a line for each reason not to upload `folder`."""
-    secrets = _secrets_of_environment()
-    remedy = "Exclude it (--exclude, .gitignore) or remove it. Nothing was uploaded."
+    """Yield a line for each reason not to upload `folder`; writes nothing."""
+    listing = _list(folder, excludes)
+    yield from listing.problems
+    yield from _copy(folder, listing.files, None)
 
+
+def pack(folder: Path, excludes: Sequence[str], cache: Path) -> PackedProject:
+    """Write the archive of a project.
+
+    Args:
+        folder: the project's folder.
+        excludes: patterns of files that are left out.
+        cache: local folder for the archive; older ones that were left there are removed.
+    """
+    listing = _list(folder, excludes)
+    path = cache / f"{uuid4().hex}.zip"
+    package = Package(path, tuple(file.name for file in listing.files))
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _remove_old(cache)
+
+        # Only this user may read it: the project may be private.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with (
+            os.fdopen(descriptor, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
+            problems = (*listing.problems, *_copy(folder, listing.files, archive))
+    except OSError as error:
+        problems = (
+            f"{cache}: the project's archive cannot be written there ({error.strerror or error}). "
+            "A folder of your own with enough free space is needed. Correct that.",
+        )
+    if problems:
+        package.remove()
+        return PackedProject(None, problems)
+    return PackedProject(package, ())
+
+
+def _copy(
+    folder: Path, listed: Sequence[ProjectFile], archive: zipfile.ZipFile | None
+) -> Iterator[str]:
+    """Search all files, and copy them into the archive if there is one; yield problems."""
+    root = Path(os.path.realpath(folder))
+    variables = variable_spellings()
     sizes: dict[str, int] = {}
-    for name in files(folder, excludes):
-        sizes[name] = (folder / name).stat().st_size
+    total = 0
 
-        with open(folder / name, "rb") as file:
-            content = file.read(SCANNED_BYTES)
-
-        variables = [variable for value, variable in secrets.items() if value in content]
-        secret = None
-        if variables:
-            secret = f"the value of {variables[0]}"
-        # Python code and its tests may contain the marker as a pattern, as this module does.
-        elif _PRIVATE_KEY.search(content) and not name.endswith(".py"):
-            secret = "a private key"
-
-        if secret:
+    for listed_file in listed:
+        name = listed_file.name
+        scanner = SecretScanner(name, variables)
+        try:
+            with open_file(root, listed_file.source) as file:
+                # Of a project that is too large nothing more is written.
+                fits = total + os.fstat(file.fileno()).st_size <= MAX_BYTES
+                sizes[name] = _copy_file(file, name, scanner, archive if fits else None)
+                total += sizes[name]
+        except OSError as error:
             yield (
-                f"--project: {name} contains {secret}, and the project is uploaded to the cluster. "
-                f"{remedy}"
+                f"--project: {shown(name)} cannot be read ({error.strerror or error}). Exclude it "
+                "(--exclude, .gitignore) or make it readable. Nothing was uploaded."
             )
 
-    total = sum(sizes.values())
+        if scanner.found:
+            yield (
+                f"--project: {shown(name)} contains {scanner.found}, and the project is uploaded "
+                "to the cluster. Exclude it (--exclude, .gitignore) or remove it. Nothing was "
+                "uploaded."
+            )
+
     if total > MAX_BYTES:
-        # uncompressed, as the archive does not exist yet: an upper bound of what Ray measures
-        largest = ", ".join(sorted(sizes, key=lambda name: -sizes[name])[:3])
+        # uncompressed: an upper bound of what Ray measures
+        largest = ", ".join(map(shown, sorted(sizes, key=lambda name: -sizes[name])[:3]))
         yield (
             f"--project={folder}: {total / 2**20:.0f} MiB would be uploaded, at most "
             f"{MAX_BYTES / 2**20:.0f} are allowed. Exclude large files (--exclude; largest: "
@@ -150,12 +207,47 @@ def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[
         )
 
 
-def _secrets_of_environment() -> dict[bytes, str]:
-    """Return {value: name} of the environment variables that look like credentials."""
-    secrets = {}
-    for name, value in os.environ.items():
-        # A path is public, and a short value would be found in any file.
-        is_path = name.endswith(("_PATH", "_FILE"))
-        if len(value) >= 8 and SECRET_NAME.search(name) and not is_path:
-            secrets[value.encode()] = name
-    return secrets
+def _copy_file(
+    file: BinaryIO, name: str, scanner: SecretScanner, archive: zipfile.ZipFile | None
+) -> int:
+    """Search a file, and copy it into the archive if there is one; return its bytes."""
+    # A file that grows as it is read has no end.
+    limit = MAX_BYTES + CHUNK_BYTES
+    num_bytes = 0
+    target = None
+    if archive is not None:
+        target = archive.open(_entry(name, os.fstat(file.fileno()).st_mode), "w")
+
+    try:
+        while num_bytes < limit and (chunk := file.read(CHUNK_BYTES)):
+            num_bytes += len(chunk)
+            scanner.feed(chunk)
+            if target is not None:
+                target.write(chunk)
+    finally:
+        if target is not None:
+            target.close()
+    return num_bytes
+
+
+def _entry(name: str, mode: int) -> zipfile.ZipInfo:
+    """Return the archive's entry of a file, without its time: it depends on the content only."""
+    # errors="replace" never applies to a package that is uploaded: such names are a problem.
+    entry = zipfile.ZipInfo(name.encode("utf-8", "replace").decode())
+    permissions = 0o644
+    if mode & stat.S_IXUSR:
+        permissions = 0o755
+    entry.external_attr = (stat.S_IFREG | permissions) << 16
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    return entry
+
+
+def _remove_old(cache: Path) -> None:
+    """Remove archives that a command left behind because it was killed."""
+    for path in cache.glob("*.zip"):
+        try:
+            is_old = time.time() - path.lstat().st_mtime > MAX_AGE_S
+            if is_old:
+                path.unlink()
+        except FileNotFoundError:  # another command removed it
+            continue

@@ -34,6 +34,7 @@ from dist_ft.cluster.jobs.job_server import (
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.core.logs import redact
+from dist_ft.model.loading.download import cache_folder
 
 SILENT_S = 60.0
 """A log stream that is silent for this long is opened again: it may be cut unnoticed."""
@@ -72,11 +73,20 @@ class Options:
 
 
 class PreparedJob(NamedTuple):
-    """A checked job: its server, its request, and the run's job that already runs there, if any."""
+    """A checked job: its server, its request, and the run's job that already runs there, if any.
+
+    `packed` is the project that the request names, if it is uploaded.
+    """
 
     server: Server
     request: Request
     running_job: JobInfo | None
+    packed: package.Package | None = None
+
+    def remove_package(self) -> None:
+        """Remove the packed project from this machine, once the cluster has it or needs it not."""
+        if self.packed is not None:
+            self.packed.remove()
 
 
 def server_at(address: str | None) -> Server:
@@ -120,22 +130,23 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
     _require_versions(server, options.any_version)
     nodes = server.nodes()
 
-    is_local_cluster = are_all_local(nodes)
-    project = Project(
-        _project_location(options.packaged, is_local_cluster),
-        folder,
-        [*package.EXCLUDES, *options.excludes],
-    )
-
-    problems += job_request.find_path_problems(config, project, options.shared, is_local_cluster)
-    if project.location == "package":
-        problems += package.find_problems(folder, project.excludes)
-
     capacity = check_capacity(nodes, config)
     if capacity.problem and not config.cluster.wait_for_nodes:
         problems.append(capacity.problem)
 
+    is_local_cluster = are_all_local(nodes)
+    location = _project_location(options.packaged, is_local_cluster)
+    excludes = (*package.EXCLUDES, *options.excludes)
+    packed = package.PackedProject()
+    if location == "package":
+        packed = package.pack(folder, excludes, cache_folder(None) / "packages")
+        problems += packed.problems
+
+    project = Project(location, folder, excludes, packed.package)
+    problems += job_request.find_path_problems(config, project, options.shared, is_local_cluster)
+
     if problems:
+        packed.remove()
         raise ConfigError([redact(problem) for problem in problems], f"submit {config.run.name}")
 
     # Two jobs of one run would write to the same folder, so a running one is attached to.
@@ -154,7 +165,7 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
         variables=dict(text.split("=", 1) for text in options.variables),
         skip_check=options.skip_check,
     )
-    return PreparedJob(server, request, running)
+    return PreparedJob(server, request, running, packed.package)
 
 
 def _require_versions(server: Server, any_version: bool) -> None:
@@ -193,7 +204,7 @@ def submit(server: Server, request: Request) -> None:
         WorkerError: the cluster rejects the job.
     """
     try:
-        # The client uploads `working_dir` inside this call, so an OSError may come from packing.
+        # The client uploads the archive inside this call, so an OSError may come from reading it.
         _client(server).submit_job(
             entrypoint=request.entrypoint,
             submission_id=request.name,

@@ -2,12 +2,15 @@
 
 Rows are read by index from the library's own local Arrow files (map-style), never streamed:
 streaming loses and repeats rows on resume. The URL of a shard holds everything needed to read its
-rows again. Code that comes with a dataset is not run.
+rows again. Code that comes with a dataset is not run, and its card names no files but its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -17,6 +20,7 @@ from dist_ft.core.logs import redact
 ROWS_PER_SHARD = 10_000
 BYTES_PER_SHARD = 16 * 2**20
 """The nominal size of a shard; its text is not measured."""
+_loading = Lock()
 
 
 class RowRange(NamedTuple):
@@ -74,6 +78,8 @@ def _load_or_raise(path: str, subset: str | None, split: str, field_value: str) 
     """As `_load_dataset`, but every failure is one `DataError` that starts with `field_value`."""
     try:
         return _load_dataset(path, subset, split)
+    except DataError:
+        raise
     except Exception as error:  # the library raises many types, its own and those of HTTP clients
         first_line = (str(error).splitlines() or [""])[0]
         raise DataError(
@@ -92,10 +98,59 @@ def _load_dataset(path: str, subset: str | None, split: str) -> _LoadedDataset:
     import datasets
 
     # cached, as `read_rows` needs the dataset for each shard of 10,000 rows
-    builder = datasets.load_dataset_builder(path, subset)
-    builder.download_and_prepare()
+    with _own_files_only(path):
+        builder = datasets.load_dataset_builder(path, subset)
+        builder.download_and_prepare()
     rows = builder.as_dataset(split=split)
 
     # The hash covers the data files, and the number of rows how the split cuts them.
     version = f"{builder.config.version}-{builder.hash or ''}-{len(rows)}"
     return _LoadedDataset(rows, version)
+
+
+@contextmanager
+def _own_files_only(path: str) -> Iterator[None]:
+    """Refuse files of other places that a dataset's card (README.md) names as its data."""
+    from datasets import data_files
+
+    # The library reads any path and URL that a card names, with the credentials of this process,
+    # and has no option against it. This function of it turns each of them into a list of files.
+    resolve = data_files.resolve_pattern
+
+    def resolve_own(pattern: str, base_path: str, *args: Any, **kwargs: Any) -> list[str]:
+        if not _is_own_file(str(pattern), str(base_path), path):
+            raise DataError(
+                redact(
+                    f"{path}: the dataset's card names {pattern}, which is no file of the dataset. "
+                    "Only its own files are read. Set the config to that file itself if you trust "
+                    "it, or use another dataset."
+                )
+            )
+        return resolve(pattern, base_path, *args, **kwargs)
+
+    # The function is the library's for the whole process, so one thread at a time replaces it.
+    with _loading:
+        data_files.resolve_pattern = resolve_own
+        try:
+            yield
+        finally:
+            data_files.resolve_pattern = resolve
+
+
+def _is_own_file(pattern: str, base_path: str, path: str) -> bool:
+    """Return whether a pattern of a dataset's card names files of the dataset at `base_path`."""
+    from datasets import config
+
+    # The library has resolved the name, so the base is `hf://datasets/<name>@<commit>`.
+    is_base = base_path.startswith(("hf://datasets/", path))
+    has_parent = any(".." in text.replace("\\", "/").split("/") for text in (pattern, base_path))
+    if not is_base or has_parent or "::" in pattern:
+        return False
+    if "://" not in pattern and not pattern.startswith(("/", "\\", "~")):
+        return True
+
+    # Files that the hub converted to Parquet are named in full.
+    repository = base_path.partition("@")[0]
+    name = repository.removeprefix("hf://datasets/")
+    own = (f"{repository}@", f"{repository}/", f"{config.HF_ENDPOINT}/datasets/{name}/")
+    return pattern.startswith(own)

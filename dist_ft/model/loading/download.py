@@ -23,7 +23,7 @@ from typing import Any, TypedDict
 
 from dist_ft.core.errors import ModelError
 from dist_ft.core.logs import redact
-from dist_ft.storage import filesystem
+from dist_ft.storage import filesystem, places
 
 log = logging.getLogger("dist_ft.model")
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -94,6 +94,22 @@ def fetch_model(
             "one, or a hub name such as org/name."
         )
     return _from_hub(path, revision, cache, weights)
+
+
+def require_base_near(base: str, adapter: str) -> None:
+    """Refuse a base model that an adapter's folder names in another bucket or on another host.
+
+    A path of this machine is allowed, and so is a name on the hub, whose host the user chose.
+
+    Raises:
+        ModelError: nothing was requested.
+    """
+    place = places.place_of(base)
+    if place != places.LOCAL and not places.may_follow(base, adapter):
+        raise ModelError(
+            f"{places.not_followed('base.path', base, adapter)} Copy the base model to a folder, "
+            "and name that as base.path in the adapter's dist_ft.json."
+        )
 
 
 def _from_bucket(url: str, cache: Path, weights: bool) -> str:

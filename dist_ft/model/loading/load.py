@@ -19,7 +19,7 @@ from dist_ft.core.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
-from dist_ft.model.loading.download import fetch_model
+from dist_ft.model.loading.download import fetch_model, require_base_near
 from dist_ft.model.model_task import model_task
 
 if TYPE_CHECKING:
@@ -215,6 +215,7 @@ def _load_with_adapter(
     """Return the base model of an adapter's folder, with the adapter in it."""
     # The base model may have a head for other labels, which the adapter's head replaces.
     base = section.model_copy(update=info["base"])
+    require_base_near(base.path, section.path)
     base_task = task.model_copy(update={"new_head": model_task(task).has_labels})
     model, new_weights = load_task_model(base_task, base, cache_dir)
     loaded = adapter_files.load_adapter(model, folder, info, task)

@@ -27,6 +27,7 @@ from dist_ft.core.world import World
 from dist_ft.runtime.elastic.coordinator import Coordinator, print_lines
 from dist_ft.runtime.elastic.supervisor import RendezvousTimeoutError, Supervisor, WorkerContext
 from dist_ft.runtime.local import stop_on_signal
+from dist_ft.runtime.ray_backend import implicit_uploads
 from dist_ft.runtime.ray_backend.metrics import RunGauges
 from dist_ft.runtime.ray_backend.node_watch import NodeWatch
 from dist_ft.runtime.ray_backend.placement import (
@@ -117,6 +118,8 @@ def connected(config: RunConfig) -> Iterator[Any]:
 
 def _set_ray_variables(config: RunConfig) -> None:
     """Set what Ray reads when it is imported."""
+    implicit_uploads.forbid()
+
     # The behavior of later Ray versions, without the notice that earlier ones print about it.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

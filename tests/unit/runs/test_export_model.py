@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import shutil
 
 import pytest
 import tiny_tasks
@@ -69,6 +71,39 @@ def test_local_paths_are_cut_to_their_last_part():
         model_card._without_local_path("org/name and ./mine/x.jsonl")
         == "org/name and ./mine/x.jsonl"
     )
+
+
+def test_model_is_scored_by_the_runs_data_only_where_they_may_be_read(
+    trained, tmp_path, caplog, monkeypatch
+):
+    _, config = trained
+    store = Store(config.run_url)
+    by = export_model._config_to_score_by(store, ())
+    assert by is not None and by.max_workers == 0
+    api.export(config, str(tmp_path / "out"))
+    changes = export_model.compare(tmp_path / "out", tmp_path / "out", by)
+    assert (
+        changes["accuracy"].before
+        == changes["accuracy"].after
+        == pytest.approx(
+            api.evaluate(config, str(tmp_path / "out"))[str(tmp_path / "out")]["accuracy"]
+        )
+    )
+
+    # the same run from someone else, whose held-out data lie elsewhere
+    foreign = tmp_path / "foreign"
+    shutil.copytree(config.run_url, foreign)
+    stored = yaml.safe_load((foreign / "run.yaml").read_text())
+    stored["evaluation"]["data"] = ["s3://evil/x.jsonl"]
+    stored["storage"] = {"options": {"s3": {"endpoint_url": "http://127.0.0.1:9"}}}
+    (foreign / "run.yaml").write_text(yaml.safe_dump(stored))
+    monkeypatch.setattr(logging.getLogger("dist_ft"), "propagate", True)
+    with caplog.at_level("WARNING", "dist_ft"):
+        assert export_model._config_to_score_by(Store(str(foreign)), ()) is None
+    assert "int8 weights are not scored: evaluation.data=s3://evil/x.jsonl: named by" in caplog.text
+    assert "dist-ft export CONFIG --int8" in caplog.text
+    named = export_model._config_to_score_by(Store(str(foreign)), ("s3://evil",))
+    assert named is not None and named.storage.options == {}
 
 
 def test_int8_weights_reload_score_close_and_are_compared(trained, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from dist_ft.cluster.jobs import job_request
 from dist_ft.cluster.jobs.job_request import Project
+from dist_ft.cluster.jobs.package import Package
 from dist_ft.config.load import load_config
 
 BASE = {
@@ -24,7 +25,7 @@ BASE = {
 def make(config, location="package", *, folder, **changes):
     return job_request.create_request(
         config,
-        Project(location, folder, [".env"]),
+        Project(location, folder, [".env"], Package(folder / "x.zip", ("a.py",))),
         **{"name": "mine", "grace_s": 60, "variables": {}, **changes},
     )
 
@@ -41,8 +42,7 @@ def test_command_contains_the_whole_config(tmp_path):
     assert again.cluster.address is None
     assert again.model_copy(update={"cluster": config.cluster}) == config
     assert request.runtime_env == {
-        "working_dir": str(tmp_path),
-        "excludes": [".env"],
+        "working_dir": str(tmp_path / "x.zip"),
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
     }
     assert request.metadata == {"dist_ft_run": "s3://b/runs/mine", "dist_ft_name": "mine"}
@@ -162,6 +162,21 @@ def test_relative_paths_are_visible_if_they_are_uploaded(tmp_path):
     assert unseen_paths(
         load_config(BASE, ["data.train=../rows/*.jsonl"]), folder=tmp_path / "rows"
     ) == ["data.train=../rows/*.jsonl"]
+
+
+def test_relative_path_that_is_not_in_the_package_is_named(tmp_path):
+    (tmp_path / "rows/deep").mkdir(parents=True)
+    (tmp_path / "rows/deep/a.jsonl").write_text("{}")
+    config = load_config(BASE, ["data.train=rows/deep/*.jsonl", "model.path=./rows"])
+
+    def problems(*names):
+        project = Project("package", tmp_path, (), Package(tmp_path / "x.zip", names))
+        return list(job_request.find_path_problems(config, project, (), False))
+
+    assert problems("rows/deep/a.jsonl") == []
+    lines = problems("rows-2/a", "rows.md", "deep/a.jsonl")
+    assert [line.split("=")[0] for line in lines] == ["model.path", "data.train"]
+    assert all("not uploaded with the project: git ignores it" in line for line in lines)
 
 
 @pytest.mark.parametrize(
