@@ -28,6 +28,7 @@ VARIABLES = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_GCE_CHECK": "true",

@@ -128,7 +128,7 @@ def encode_rows(project: Path) -> Iterator[str]:
     from dist_ft.data.encoding.make_encoder import make_encoder
 
     question = json.loads((project / "question.json").read_bytes())
-    task = TaskSection.model_validate({"name": question["task"], "labels": _labels(question)})
+    task = TaskSection.model_validate(_task(question))
     tokenizer = _tokenizer(project)
 
     refusal: DataError | None = None
@@ -154,10 +154,16 @@ def encode_rows(project: Path) -> Iterator[str]:
         yield f"bad_rows=error gives {refusal!r}, bad_rows=skip skips {num_skipped} rows"
 
 
-def _labels(question: dict[str, Any]) -> list[str]:
+def _task(question: dict[str, Any]) -> dict[str, Any]:
+    """Return the section `task`."""
     from dist_ft.config.task_facts import task_class
 
-    return question["labels"] if task_class(question["task"]).has_labels else []
+    section: dict[str, Any] = {"name": question["task"]}
+    if task_class(question["task"]).has_labels:
+        section["labels"] = question["labels"]
+    if question["task"] == "question_answering":
+        section["stride"] = 4
+    return section
 
 
 def _read(data: Any) -> Iterator[tuple[Any, Any]]:

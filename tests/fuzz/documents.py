@@ -65,6 +65,8 @@ def base_document(task: str, name: str) -> dict[str, Any]:
         "evaluation": {"data": f"held-out/{task}/*.jsonl"},
         "log": {"tensorboard": False},
     }
+    if task == "question_answering":
+        document["task"]["stride"] = 4
     return document
 
 

@@ -39,6 +39,7 @@ class Outcome:
         outside: paths outside the case's folder that it tried to write.
         problems: what `siblings` or a call found.
         guards: what it was kept from.
+        log: the traceback that it saved for a bug report.
     """
 
     code: int
@@ -51,6 +52,7 @@ class Outcome:
     outside: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
+    log: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _crashes(outcome: Outcome) -> Iterator[Problem]:
 
     text = outcome.stdout + outcome.stderr
     if match := BUG.search(text):
-        yield Problem("bug line", _line_of(text, match.start()))
+        yield Problem("bug line", _line_of(text, match.start()) + _place(outcome.log))
     if match := NATIVE.search(text):
         yield Problem("native", _line_of(text, match.start()))
 

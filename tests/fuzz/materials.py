@@ -49,19 +49,17 @@ class Materials:
         path = self._folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # A part of a material, such as k8s/base, comes with the whole.
-            whole = name if name in MATERIALS else name.split("/")[0]
-            material = MATERIALS[whole]
+            material = MATERIALS[name]
             for needed in material.needed:
                 self.path(needed)
-            _in_own_process(self._folder, lambda: material.make(Path(whole)))
+            _in_own_process(self._folder, lambda: material.make(Path(name)))
         return path
 
     def copy(self, names: Iterable[str], project: Path) -> None:
         """Copy materials into a project's folder."""
         for name in names:
             _copy(self.path(name), project / name)
-            for further in MATERIALS[name].further if name in MATERIALS else ():
+            for further in MATERIALS[name].further:
                 _copy(self._folder / further, project / further)
 
     def files(self, name: str) -> list[str]:

@@ -170,6 +170,8 @@ class Pool:
             os.unlink(log.name)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(started.pid, signal.SIGKILL)  # what it may have started
+        saved = sorted((started.root / "tmp").glob("dist-ft-*.log"))
+        log_text = saved[0].read_text(errors="replace") if saved else ""
         shutil.rmtree(started.root, ignore_errors=True)
 
         reports: dict[str, list[str]] = {"outside": [], "problem": [], "guard": []}
@@ -190,6 +192,7 @@ class Pool:
             outside=tuple(reports["outside"]),
             problems=tuple(reports["problem"]),
             guards=tuple(reports["guard"]),
+            log=log_text,
         )
 
 

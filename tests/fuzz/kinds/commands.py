@@ -148,10 +148,16 @@ def _parameter(item: Any) -> Parameter:
         item.name,
         (*item.opts, *item.secondary_opts) if is_option else (),
         not getattr(item, "is_flag", False),
-        item.type.name in ("integer", "float", "integer range", "float range"),
+        _is_number(item),
         item.required,
         item.multiple or item.nargs == -1,
     )
+
+
+def _is_number(item: Any) -> bool:
+    """Return whether a parameter of click, or of typer's own parser, takes a number."""
+    kind = getattr(item, "bare_type", None) or getattr(item, "type", None)
+    return any(name in repr(kind).lower() for name in ("int", "float"))
 
 
 def generate(rng: random.Random, materials: Materials) -> Input:
