@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -364,13 +366,20 @@ def _parse_shares(texts: Sequence[str]) -> dict[str, float]:
     shares = {}
     for text in texts:
         name, _, value = text.partition("=")
-        try:
-            shares[name] = float(value)
-        except ValueError:
+
+        share = math.nan
+        with contextlib.suppress(ValueError):
+            share = float(value)
+
+        if not name or name in shares or math.isnan(share):
             raise ConfigError(
-                [f"--share={text}: not of the form NAME=SHARE. Write for instance train=0.8."],
+                [
+                    f"--share={text}: not of the form NAME=SHARE. Each NAME is allowed once. "
+                    "Write for instance train=0.8."
+                ],
                 "data split",
-            ) from None
+            )
+        shares[name] = share
     return shares
 
 

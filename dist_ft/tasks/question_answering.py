@@ -115,7 +115,14 @@ class QuestionAnswering(Task):
             return Sample(question, context, None)
 
         text, start = texts[0], starts[0]
-        if not text or start < 0 or context[start : start + len(text)] != text:
+        task_rows.require_not_blank(text, f"{columns.answers}.text[0]", location)
+        # isinstance would accept true and false.
+        if type(start) is not int:
+            raise location.error(
+                f"{columns.answers}.answer_start[0] is a {type(start).__name__}. It must be a "
+                "whole number. Repair the row."
+            )
+        if start < 0 or context[start : start + len(text)] != text:
             raise location.error(
                 f"the answer {text!r} is not at character {start} of {columns.context}. It must be "
                 "a part of the context. Repair the row."

@@ -53,16 +53,19 @@ class Regression(Task):
         value = task_rows.get_value(row, columns.label, "label", location)
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
 
-        if not math.isfinite(number) or isinstance(value, bool):
+        # In float32, as labels are stored: larger numbers would become infinite.
+        with np.errstate(over="ignore"):
+            label = np.float32(number)
+        if not np.isfinite(label) or isinstance(value, bool):
             raise location.error(
-                f"{columns.label} is {value!r}. It must be a finite number. Repair or remove the "
-                "row."
+                f"{columns.label} is {value!r}. It must be a finite number (float32). Repair or "
+                "remove the row."
             )
 
-        bits = int(np.float32(number).view(np.int32))
+        bits = int(label.view(np.int32))
         return Sample(*task_rows.read_texts(row, columns, location), bits)
 
     @override

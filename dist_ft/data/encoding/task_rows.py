@@ -63,8 +63,10 @@ def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
     Numbers are sorted by value. Otherwise O is first, then by name, I- after its B-.
     """
     unique = set(labels)
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in unique):
-        return tuple(sorted(unique, key=int))
+    # Python converts no more than some thousand digits, and no label needs more than these.
+    if all(re.fullmatch(r"-?[0-9]{1,30}", label) for label in unique):
+        # By name too: the order of "1" and "01" must not depend on that of the set.
+        return tuple(sorted(unique, key=lambda label: (int(label), label)))
 
     def sort_key(label: str) -> tuple[bool, str, str]:
         prefix, _, kind = label.partition("-") if label[1:2] == "-" else ("", "", label)

@@ -34,7 +34,9 @@ def split_rows(
     Raises:
         DataError: shares that are not above 0 or do not sum to 1, or a missing column.
     """
-    if abs(sum(shares.values()) - 1) > 1e-6 or min(shares.values()) <= 0:
+    # Not `>` and `<=`, which are false for NaN.
+    is_valid = abs(sum(shares.values()) - 1) <= 1e-6 and all(share > 0 for share in shares.values())
+    if not is_valid:
         values = ", ".join(f"{name}={share:g}" for name, share in shares.items())
         raise DataError(
             f"shares: {values} sum to {sum(shares.values()):g}. Each must be above 0 and their "

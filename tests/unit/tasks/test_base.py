@@ -69,7 +69,9 @@ def test_number_is_stored_as_float32_bits(value):
     assert np.int32(bits).view(np.float32) == np.float32(value)
 
 
-@pytest.mark.parametrize("value", ["good", float("nan"), float("inf"), None, True])
+@pytest.mark.parametrize(
+    "value", ["good", float("nan"), float("inf"), None, True, 1e39, 10**400, [1.0]]
+)
 def test_value_that_is_not_a_finite_number_is_refused(value):
     assert "It must be a finite number" in refused("regression", {"text": "x", "label": value})
 
@@ -122,6 +124,24 @@ def test_answer_must_be_in_its_context():
         "the answer 'Ada' is not at character 6 of context. It must be a part of the context. Repair the row."
     )
     assert "is not {text, answer_start}" in refused("question_answering", {**row, "answers": "Ada"})
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "problem"),
+    [
+        (5, 7, "answers.text[0] is a int. It must be text"),
+        (None, 7, "answers.text[0] is a NoneType. It must be text"),
+        ("  ", 7, "answers.text[0] is empty. It must be text"),
+        ("Ada", "7", "answers.answer_start[0] is a str. It must be a whole number"),
+        ("Ada", 7.0, "answers.answer_start[0] is a float. It must be a whole number"),
+        ("Ada", None, "answers.answer_start[0] is a NoneType. It must be a whole number"),
+        ("t", True, "answers.answer_start[0] is a bool. It must be a whole number"),
+    ],
+)
+def test_answers_of_other_types_are_refused_by_name(text, start, problem):
+    answers = {"text": [text], "answer_start": [start]}
+    row = {"question": "who?", "context": "it was Ada", "answers": answers}
+    assert refused("question_answering", row).startswith(problem)
 
 
 def test_labels_are_collected():

@@ -46,6 +46,9 @@ def test_few_examples_are_nested():
 def test_bad_shares_and_columns_are_refused():
     with pytest.raises(DataError, match=r"shares: a=0\.5, b=0\.6 sum to 1\.1"):
         split_rows(ROWS, {"a": 0.5, "b": 0.6})
+    for share in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(DataError, match="Each must be above 0 and their sum 1"):
+            split_rows(ROWS, {"a": share, "b": 0.5})
     with pytest.raises(
         DataError, match=r"--by=class: row 1 has no such column. Choose one of n, label"
     ):

@@ -1,0 +1,1 @@
+"""The kinds of inputs: one module each, with a function that draws an input."""
