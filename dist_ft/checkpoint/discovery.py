@@ -21,6 +21,7 @@ from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
@@ -314,7 +315,7 @@ def num_failures(store: Store, attempt: int) -> int:
 
     # The count only tunes the save interval, so a lost record is no error.
     try:
-        record = json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json"))
+        record = read_json_object(store, f"{ATTEMPTS}/{attempt:06d}.json")
         return int(record.get("failures", 0))
-    except (StorageError, ValueError, AttributeError):
+    except (StorageError, ValueError, TypeError, OverflowError):
         return 0

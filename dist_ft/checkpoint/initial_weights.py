@@ -23,9 +23,11 @@ from dist_ft.checkpoint.trained_model import MODEL_FOLDER, find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
+from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.model.loading.download import cache_folder
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.run")
@@ -193,7 +195,8 @@ def _models_folder(cache_dir: str | None) -> Path:
 def _choose_step(section: ModelSection, store: Store) -> int:
     """Return the step that this run starts from, as recorded at its first start (rank 0 only)."""
     if store.exists(INITIAL_CHECKPOINT):
-        return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
+        with interpreting(store.redacted_url(INITIAL_CHECKPOINT)):
+            return int(read_json_object(store, INITIAL_CHECKPOINT)["step"])
 
     step = latest_step(section.path, section.checkpoint)
     record = {"run": redact(section.path), "step": step}

@@ -24,6 +24,7 @@ from dist_ft.model.loading import int8
 from dist_ft.model.loading.load import probe_outputs
 from dist_ft.runs import model_card
 from dist_ft.runs.model_card import BeforeAfter
+from dist_ft.storage.documents import read_local_json_object
 from dist_ft.storage.filesystem import Store
 
 LATENCY_TOKENS = 32
@@ -84,7 +85,7 @@ def _quantize(store: Store, folder: Path) -> dict[str, BeforeAfter]:
     int8.quantize_int8(folder, quantized, trained_model.load_task(store))
     changes = compare(folder, quantized, _config_with_data(store))
 
-    about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))
+    about = read_local_json_object(quantized / export.INFO_FILE)
     about["int8"] = changes
     (quantized / export.INFO_FILE).write_text(json.dumps(about, indent=1), "utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import datetime
 from typing import NamedTuple, TypedDict, cast
@@ -10,6 +9,7 @@ from typing import NamedTuple, TypedDict, cast
 from dist_ft.core.errors import StorageError
 from dist_ft.planning import goodput
 from dist_ft.planning.goodput import AttemptTime
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
 from dist_ft.training.console import format_duration
@@ -31,7 +31,7 @@ def read_attempt_times(store: Store) -> AttemptTimes:
     for name in store.list(time_ledger.FOLDER):
         path = f"{time_ledger.FOLDER}/{name}"
         try:
-            note = json.loads(store.read(path))
+            note = read_json_object(store, path)
 
             # "begun_at" is the name in the stored format, which attempts of 0.1.0 share.
             attempt = AttemptTime(
@@ -41,7 +41,7 @@ def read_attempt_times(store: Store) -> AttemptTimes:
                 dict(note["seconds"]),
                 tuple((int(step), dict(seconds)) for step, seconds in note["marks"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, StorageError) as error:
             # One bad file must not hide the time of all other attempts.
             unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
             continue
@@ -68,11 +68,8 @@ def read_stored_time(store: Store, name: str) -> StoredTime:
     # Called while the run may be writing: a store without atomic writes can show half a file, and
     # the next poll reads it again.
     try:
-        note = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
+        note = read_json_object(store, f"{time_ledger.FOLDER}/{name}")
     except (ValueError, StorageError):
-        return {}
-
-    if not isinstance(note, dict):
         return {}
     return cast(StoredTime, note)
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.blocks.segments import BlockStats
 from dist_ft.data.sources.discovery import Shard
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 FORMAT_VERSION = 2
@@ -67,8 +69,8 @@ def load(store: Store, name: str) -> Index | None:
 
     url = redact(store.full_url(f"{name}.json"))
     try:
-        header_line, _, body = store.read(f"{name}.json").partition(b"\n")
-        header = json.loads(header_line)
+        header_line, _, body = store.read_at_most(f"{name}.json", MAX_LARGE_BYTES).partition(b"\n")
+        header = decode_json(header_line)
         # Before the checksum: the file of another version must not be reported as damaged.
         if header["format"] != FORMAT_VERSION:
             raise DataError(
@@ -80,8 +82,8 @@ def load(store: Store, name: str) -> Index | None:
         if xxhash.xxh3_128_hexdigest(body) != header["checksum"]:
             raise ValueError("the checksum differs")
 
-        return _parse_index(json.loads(body))
-    except (ValueError, KeyError, TypeError) as error:
+        return _parse_index(decode_json(body))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{url}: the stored index is damaged ({error}). Remove the file to rebuild the index "
             "from the same shards."

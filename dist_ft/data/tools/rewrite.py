@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.token_cache import TokenizedBlock, cache_key
@@ -94,7 +95,7 @@ def _is_same_source(stored: str, source: str) -> bool:
     Only values are compared: version 0.1.0 spelled a key differently.
     """
     try:
-        values = list(json.loads(stored).values())
+        values = list(decode_json(stored).values())
     except (ValueError, AttributeError):
         return False
     return values == list(json.loads(source).values())

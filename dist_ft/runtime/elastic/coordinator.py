@@ -215,4 +215,4 @@ def print_lines(console: Console, lines: Sequence[OutputLine]) -> None:
             # End the progress line first, or the log line would continue it.
             console.close()
             with contextlib.suppress(OSError):
-                print(redact(line.text), file=sys.stderr, flush=True)
+                print(printable(redact(line.text)), file=sys.stderr, flush=True)
