@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ def _rows(
         limit = config.evaluation.max_samples
 
     shards = chain.from_iterable(discover_shards(list(sources), field))
-    rows = chain.from_iterable(map(readers.iter_rows, shards))
+    iter_rows = partial(readers.iter_rows, max_row_bytes=config.data.max_row_bytes)
+    rows = chain.from_iterable(map(iter_rows, shards))
     for row in islice(rows, limit or None):
         if not isinstance(row, DataError):
             yield row

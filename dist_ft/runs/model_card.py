@@ -69,8 +69,8 @@ def render(
         _front_matter(config, task, int8 is not None),
         f"# {markdown_text(str(config['run']['name']))}",
         "",
-        f"{_cell(run_facts['base model'])}, fine-tuned for {_cell(task.replace('_', ' '))} with dist_ft. "
-        "Written by `dist-ft export` from the facts of the run.",
+        f"{_cell(run_facts['base model'])}, fine-tuned for {_cell(task.replace('_', ' '))} with "
+        "dist_ft. Written by `dist-ft export` from the facts of the run.",
         "",
         "## Training",
         "",

@@ -134,11 +134,9 @@ def _metrics_markdown(report: Report) -> list[str]:
 
     best_evaluation = report["best"]
     if best_evaluation:
-        lines += [
-            f"Best by {_cell(best_evaluation['metric'])}: {_number(best_evaluation['value'])} at step "
-            f"{best_evaluation['step']}.",
-            "",
-        ]
+        metric = _cell(best_evaluation["metric"])
+        value = _number(best_evaluation["value"])
+        lines += [f"Best by {metric}: {value} at step {best_evaluation['step']}.", ""]
 
     return lines
 

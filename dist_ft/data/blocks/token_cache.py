@@ -113,6 +113,9 @@ def compute_fingerprint(encoder: Encoder) -> str:
         components.append(TEMPLATE_DATE.isoformat())
     if encoder.recipe:
         components.append(encoder.recipe)
+    # It decides only which rows are skipped.
+    if encoder.data.bad_rows == "skip" and not encoder.data.is_default("max_row_mib"):
+        components.append(encoder.data.max_row_mib)
 
     encoded = json.dumps(components, sort_keys=True, default=str).encode()
     return xxhash.xxh3_128_hexdigest(encoded)

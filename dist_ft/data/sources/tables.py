@@ -11,13 +11,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from dist_ft.core.errors import DataError
+from dist_ft.core.errors import DataError, DistFtError
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
 from dist_ft.data.sources import ranged_reads
 from dist_ft.data.sources.discovery import Shard
 
-BATCH_ROWS = 4096
+BATCH_ROWS = 256
+"""Rows that are decoded at a time. Few, as a page of a few bytes may stand for many long texts."""
+MAX_EXPANSION = 16
+"""Decoded bytes of a range, by the bytes that the file says it has."""
+MIN_EXPANDED_BYTES = 2**30
+"""Below this, decoded bytes are not compared: dictionaries and runs take little room in a file."""
+MAX_BYTES_PER_GROUP = 2**40
+"""Bytes of a row group, or rows: more is a damaged footer."""
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
@@ -55,6 +63,8 @@ class _ArrowReader:
 
         first_row = 0
         for rows in batches:
+            # Arrow reads values where their offsets point, without looking whether they lie inside.
+            rows.validate(full=True)
             yield _Batch(first_row, rows)
             first_row += len(rows)
 
@@ -66,6 +76,7 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
         row_groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         # bytes before compression, as blocks are measured by their text
         sizes = [(group.num_rows, group.total_byte_size) for group in row_groups]
+        _require_plausible(shard, sizes)
 
     ranges: list[ShardRange] = []
     start = row = range_bytes = 0
@@ -95,6 +106,29 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
     return ranges
 
 
+def _require_plausible(shard: Shard, sizes: Sequence[tuple[int, int]]) -> None:
+    """Refuse a footer whose row groups cannot be: blocks of any size would follow from it."""
+    for number, (num_rows, num_bytes) in enumerate(sizes):
+        if not (0 <= num_rows <= MAX_BYTES_PER_GROUP and 0 <= num_bytes <= MAX_BYTES_PER_GROUP):
+            raise _damaged(
+                shard, f"row group {number} is said to have {num_rows} rows of {num_bytes} bytes"
+            )
+
+
+def _require_small_rows(shard: Shard, metadata: Any, groups: Sequence[int], limit: int) -> None:
+    """Refuse row groups whose rows are larger on average than a row may be."""
+    for number in groups:
+        group = metadata.row_group(number)
+        if group.num_rows and group.total_byte_size / group.num_rows > limit:
+            raise DataError(
+                redact(
+                    f"{printable_line(shard.url)}: row group {number} has {group.num_rows} rows of "
+                    f"{group.total_byte_size / group.num_rows / 2**20:,.0f} MiB each. Allowed: "
+                    f"{limit / 2**20:g} MiB. Remove them, or raise data.max_row_mib."
+                )
+            )
+
+
 def iter_batch_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
     """Yield (rows, bytes) of every record batch of an Arrow file."""
     with _decoding(shard):
@@ -102,19 +136,22 @@ def iter_batch_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
             yield batch.rows.num_rows, batch.rows.nbytes
 
 
-def read_ranges(shard: Shard, ranges: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, Any]]:
+def read_ranges(
+    shard: Shard, ranges: Sequence[ShardRange], max_row_bytes: int
+) -> Iterator[tuple[ShardRange, Any]]:
     """Yield (range, Arrow table of its rows) for ascending ranges, in one pass."""
     with _decoding(shard):
         if shard.kind == "parquet":
             file = _open_parquet(shard)
-            yield from _regroup_by_range(_row_groups(file, ranges), ranges, file.schema_arrow)
+            batches = _row_groups(shard, file, ranges, max_row_bytes)
+            yield from _regroup_by_range(shard, batches, ranges, file.schema_arrow)
         else:
             arrow = _open_arrow(shard)
-            yield from _regroup_by_range(arrow.batches(), ranges, arrow.reader.schema)
+            yield from _regroup_by_range(shard, arrow.batches(), ranges, arrow.reader.schema)
 
 
 def _regroup_by_range(
-    batches: Iterator[_Batch], ranges: Sequence[ShardRange], schema: Any
+    shard: Shard, batches: Iterator[_Batch], ranges: Sequence[ShardRange], schema: Any
 ) -> Iterator[tuple[ShardRange, Any]]:
     """Yield (range, table of its rows) from batches in order.
 
@@ -123,10 +160,11 @@ def _regroup_by_range(
     import pyarrow
 
     held: deque[_Batch] = deque()
+    held_bytes = 0
     for part in ranges:
         # a batch at the edge of two ranges is held for both
         while held and held[0].stop_row <= part.start:
-            held.popleft()
+            held_bytes -= held.popleft().rows.nbytes
 
         # read on until the batches cover the range
         while part.stop == END_OF_SHARD or not held or held[-1].stop_row < part.stop:
@@ -135,6 +173,8 @@ def _regroup_by_range(
                 break
             if batch.stop_row > part.start:
                 held.append(batch)
+                held_bytes += batch.rows.nbytes
+                _require_expected_size(shard, held_bytes, part)
 
         # the schema is needed where no batch is held
         table = pyarrow.Table.from_batches([batch.rows for batch in held], schema)
@@ -146,6 +186,18 @@ def _regroup_by_range(
         if part.stop != END_OF_SHARD:
             num_rows = part.stop - part.start
         yield part, table.slice(skipped, num_rows)
+
+
+def _require_expected_size(shard: Shard, num_bytes: int, part: ShardRange) -> None:
+    """Refuse a range whose decoded rows, `num_bytes` so far, are far more than the file says."""
+    if num_bytes > max(MAX_EXPANSION * part.num_bytes, MIN_EXPANDED_BYTES):
+        raise DataError(
+            redact(
+                f"{printable_line(shard.url)}: the rows from {part.start + 1} on decode to more "
+                f"than {num_bytes / 2**20:,.0f} MiB, where the file says "
+                f"{part.num_bytes / 2**20:,.1f}. Write the shard again with smaller row groups."
+            )
+        )
 
 
 def _open_parquet(shard: Shard) -> Any:
@@ -168,7 +220,9 @@ def _parquet_footer(shard: Shard) -> Any:
     return pyarrow.parquet.read_metadata(ranged_reads.RandomAccessFile(shard.url, shard.size))
 
 
-def _row_groups(file: Any, ranges: Sequence[ShardRange]) -> Iterator[_Batch]:
+def _row_groups(
+    shard: Shard, file: Any, ranges: Sequence[ShardRange], max_row_bytes: int
+) -> Iterator[_Batch]:
     """Yield the batches of the row groups that hold the ranges, each group once, range by range."""
     metadata = file.metadata
     group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -189,6 +243,7 @@ def _row_groups(file: Any, ranges: Sequence[ShardRange]) -> Iterator[_Batch]:
         if not groups:
             continue
 
+        _require_small_rows(shard, metadata, groups, max_row_bytes)
         next_group = groups[-1] + 1
         first_row = edges[groups[0]]
         for rows in file.iter_batches(BATCH_ROWS, row_groups=groups):
@@ -217,15 +272,21 @@ def _decoding(shard: Shard) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+    except DistFtError:
+        raise  # says already what is wrong; a StorageError must stay retryable
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, FileNotFoundError):
             raise  # `readers` says what to do about a shard that vanished
 
         # pyarrow appends details of several lines to some messages
-        first_line = (str(error).splitlines() or [""])[0]
-        raise DataError(
-            redact(
-                f"{shard.url}: is not valid {shard.kind.capitalize()} ({first_line}). Write the "
-                "shard again."
-            )
-        ) from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _damaged(shard, first_line) from error
+
+
+def _damaged(shard: Shard, reason: str) -> DataError:
+    return DataError(
+        redact(
+            f"{printable_line(shard.url)}: is not valid {shard.kind.capitalize()} "
+            f"({printable_line(reason)}). Write the shard again."
+        )
+    )

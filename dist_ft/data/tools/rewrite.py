@@ -65,7 +65,9 @@ def rewrite_blocks(
     if tokenize:
         contents = (block_to_table(block) for _, block in blocks.iter_blocks(missing))
     else:
-        contents = _iter_block_rows([blocks.blocks[number] for number in missing], blocks.shards)
+        missing_blocks = [blocks.blocks[number] for number in missing]
+        max_row_bytes = blocks.encoder.data.max_row_bytes
+        contents = _iter_block_rows(missing_blocks, blocks.shards, max_row_bytes)
 
     # before the first shard, so that an interrupted call can be continued
     out.write(SOURCE, source.encode())
@@ -114,12 +116,14 @@ def block_to_table(block: TokenizedBlock) -> Any:
     )
 
 
-def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
+def _iter_block_rows(
+    blocks: Sequence[Block], shards: Sequence[Shard], max_row_bytes: int
+) -> Iterator[list[Row]]:
     """Yield the rows of each block; a shard shared by several blocks is read in one pass."""
     ranges_left = [len(block.ranges) for block in blocks]
     rows: list[Row] = []
 
-    for number, found in _read_in_passes(blocks, shards):
+    for number, found in _read_in_passes(blocks, shards, max_row_bytes):
         if not isinstance(found, list):
             found = found.to_pylist()
 
@@ -135,7 +139,9 @@ def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterat
             rows = []
 
 
-def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[tuple[int, Any]]:
+def _read_in_passes(
+    blocks: Sequence[Block], shards: Sequence[Shard], max_row_bytes: int
+) -> Iterator[tuple[int, Any]]:
     """Yield (block, rows of a range) in order; consecutive ranges of a shard are one pass."""
     todo: list[tuple[int, ShardRange]] = []
     for number, block in enumerate(blocks):
@@ -144,7 +150,7 @@ def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterato
 
     for shard, group in groupby(todo, key=lambda item: item[1].shard):
         numbers, ranges = zip(*group, strict=True)
-        passes = readers.read_ranges(shards[shard], ranges)
+        passes = readers.read_ranges(shards[shard], ranges, max_row_bytes)
         for number, (_, rows) in zip(numbers, passes, strict=True):
             yield number, rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from dist_ft.config.resolved_run import ResolvedRun
@@ -96,8 +97,9 @@ def _training_rows(config: RunConfig) -> Iterator[tuple[RowLocation, Row]]:
     out_of_scope = config.evaluation.robustness.out_of_scope_label
     column = config.task.columns.label
 
+    iter_rows = partial(readers.iter_rows, max_row_bytes=config.data.max_row_bytes)
     for shard in chain.from_iterable(discover_shards(config.data.train)):
-        for number, row in enumerate(readers.iter_rows(shard), 1):
+        for number, row in enumerate(iter_rows(shard), 1):
             # A reader yields the error of a row, so that it can continue with the next row.
             if isinstance(row, DataError):
                 if config.data.bad_rows == "error":

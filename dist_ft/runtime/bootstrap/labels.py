@@ -116,10 +116,11 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
 def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
     """Return the labels of the rows of `sources`; reads every row once."""
     task = data_task(config.task)
+    max_row_bytes = config.data.max_row_bytes
     labels = set[str]()
 
     for shard in chain.from_iterable(discover_shards(sources)):
-        for number, row in enumerate(readers.iter_rows(shard), 1):
+        for number, row in enumerate(readers.iter_rows(shard, max_row_bytes=max_row_bytes), 1):
             try:
                 if isinstance(row, DataError):
                     raise row

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     LineKind,
