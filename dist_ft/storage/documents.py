@@ -1,4 +1,4 @@
-"""Read JSON files that dist_ft wrote, or that stand in their place: bounded, with one clear error."""
+"""Read JSON files of dist_ft, or what stands in their place: bounded, with one clear error."""
 
 from __future__ import annotations
 

@@ -45,6 +45,22 @@ def _require_regular(mode: int) -> None:
             raise UnusableFileError(f"is {name}, not a regular file")
 
 
+def require_regular_files(folder: str) -> None:
+    """Raise UnusableFileError if a folder, such as that of a model, holds a pipe or a device.
+
+    For folders that a library reads, which would wait for it forever.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                require_regular(path)
+            except UnusableFileError as error:
+                raise UnusableFileError(f"{os.path.relpath(path, folder)} {error}") from error
+            except OSError:
+                continue  # a broken link: the library names it if it needs it
+
+
 def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
     """Open a regular file for reading.
 

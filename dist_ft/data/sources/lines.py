@@ -103,8 +103,8 @@ def _decoding(shard: Shard) -> Iterator[None]:
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             redact(
-                f"{printable_line(shard.url)}: is truncated or not {shard.codec or shard.kind} ({error}). Write "
-                "the shard again."
+                f"{printable_line(shard.url)}: is truncated or not {shard.codec or shard.kind} "
+                f"({error}). Write the shard again."
             )
         ) from error
 
@@ -132,7 +132,7 @@ def _collect(shard: Shard, rows: Iterator[Any], part: ShardRange, meter: ByteMet
     """Return the rows of a range.
 
     Raises:
-        DataError: they take far more memory than the size of the shard, or its first pass, promised.
+        DataError: they take far more memory than the size of the shard lets expect.
     """
     first_byte = meter.num_bytes
     max_bytes = max(MAX_EXPANSION * part.num_bytes, MIN_EXPANDED_BYTES)
@@ -175,8 +175,8 @@ def _text_row(shard: Shard) -> Row | DataError:
     except UnicodeDecodeError as error:
         return DataError(
             redact(
-                f"{printable_line(shard.url)}: byte {error.start} is not UTF-8. Shards must be UTF-8. Convert the "
-                "shard."
+                f"{printable_line(shard.url)}: byte {error.start} is not UTF-8. Shards must be "
+                "UTF-8. Convert the shard."
             )
         )
 
