@@ -122,9 +122,8 @@ def _message(error: DistFtError) -> str:
 
     # Problems of a config are one line each, whatever newlines a value has.
     if isinstance(error, ConfigError):
-        lines = [f"  - {printable_line(redact(problem))}" for problem in error.problems]
-        first = printable_line(redact(str(error).split("\n", 1)[0]))
-        return "\n".join([f"dist-ft: {first}", *lines])
+        problems = [printable_line(redact(problem)) for problem in error.problems]
+        return f"dist-ft: {ConfigError(problems, printable_line(redact(error.source)))}"
 
     # A newline in a name or a row of data must not look like a second message.
     escape = printable

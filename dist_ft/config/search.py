@@ -271,8 +271,8 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
 
     if section.num_trials > MAX_TRIALS:
         problems.append(
-            f"search: {section.num_trials:,} trials. Allowed: at most {MAX_TRIALS:,}. Lower trials, "
-            "or list fewer values."
+            f"search: {section.num_trials:,} trials. Allowed: at most {MAX_TRIALS:,}. Lower "
+            "trials, or list fewer values."
         )
 
     # The trials are checked only if the file has no problems: a grid with a range has no points.

@@ -129,7 +129,8 @@ def attempts(store: Store) -> list[str]:
     for name in names:
         # The watchdog writes the stacks of hung workers into the same folder.
         number = name.removesuffix(".json")
-        if not (name.endswith(".json") and number.isdigit()):
+        is_number = number.isascii() and number.isdigit()
+        if not (name.endswith(".json") and is_number):
             continue
 
         line = f"{int(number)}: {_describe_attempt(store, name)}"

@@ -7,6 +7,7 @@ are evaluated. Rules about a change (oldSelf) do not apply to a single manifest 
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

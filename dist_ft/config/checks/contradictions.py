@@ -32,10 +32,7 @@ _BROKEN_FIELD = (AttributeError, LookupError, TypeError, ValueError, ArithmeticE
 """What a check raises that reads an absent field, or computes with what stands in its place."""
 
 Check = Callable[[RunConfig], Iterator[str]]
-Section_BROKEN_FIELD = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
-"""What a check raises that reads an absent field, or computes with what stands in its place."""
-
-Check = Callable[[Any], Iterator[str]]
+SectionCheck = Callable[[Any], Iterator[str]]
 
 
 def contradictions(config: RunConfig, whole: bool = True) -> list[str]:

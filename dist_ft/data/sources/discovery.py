@@ -212,8 +212,9 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
     is_folder = _kind_by_suffix(path) is None and not is_glob
     if len(unknown) == len(urls) or (unknown and not is_folder):
         raise DataError(
-            f"{field_value}: {printable_line(redact(unknown[0]))} has an unknown suffix. Allowed are "
-            f"{_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes it."
+            f"{field_value}: {printable_line(redact(unknown[0]))} has an unknown suffix. Allowed "
+            f"are {_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes "
+            "it."
         )
 
     shards = []
@@ -254,8 +255,8 @@ def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
     for shard in shards:
         if shard.url in urls:
             raise DataError(
-                f"{field}: the shard {printable_line(shard.url)} is listed twice. Each sample counts once per "
-                "epoch. Remove the source that overlaps."
+                f"{field}: the shard {printable_line(shard.url)} is listed twice. Each sample "
+                "counts once per epoch. Remove the source that overlaps."
             )
 
         urls.add(shard.url)
