@@ -77,10 +77,6 @@ def make_sparse(path: Path) -> None:
         file.truncate(2**40)
 
 
-def make_unreadable(path: Path) -> None:
-    path.symlink_to("/proc/self/mem")
-
-
 def make_socket(path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as server:
@@ -94,7 +90,6 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "device": make_device,
     "loop": make_loop,
     "sparse": make_sparse,
-    "unreadable": make_unreadable,
     "socket": make_socket,
 }
 HOSTILE = (*CONTENTS, *KINDS)
@@ -402,7 +397,7 @@ def test_shards_whose_name_is_not_utf8(dist_ft: Command, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_that_are_no_files(kind: str, dist_ft: Command, tmp_path: Path) -> None:
-    if kind in ("folder", "unreadable", "sparse"):
+    if kind in ("folder", "sparse"):
         pytest.skip("a folder is searched; a sparse file is a file")
     path = tmp_path / "a.jsonl"
     KINDS[kind](path)

@@ -21,6 +21,7 @@ from dist_ft.data.blocks.token_cache import TokenizedBlock, cache_key
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard
 from dist_ft.data.tools.write import encode_jsonl, encode_parquet
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 SOURCE, COMPLETE = "_source.json", "_complete"
@@ -48,7 +49,10 @@ def rewrite_blocks(
     # Not only shard names: the same names may hold another data set with as many blocks.
     source = _describe_source(blocks, suffix, tokenize)
     existing = set(out.list())
-    is_same_source = SOURCE in existing and _is_same_source(out.read(SOURCE).decode(), source)
+    is_same_source = False
+    if SOURCE in existing:
+        stored = out.read_at_most(SOURCE, MAX_LARGE_BYTES).decode("utf-8", "replace")
+        is_same_source = _is_same_source(stored, source)
     if existing and not is_same_source:
         raise DataError(
             f"--out={out.redacted_url()}: holds shards that were written from other data or in "

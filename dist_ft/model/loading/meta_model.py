@@ -136,7 +136,7 @@ def _find_config(section: ModelSection, folder: str) -> str:
 
 def _from_bucket(url: str, folder: str) -> str:
     try:
-        content = filesystem.Store(url).read(CONFIG)
+        content = filesystem.Store(url).read_at_most(CONFIG, MAX_BYTES)
     except StorageError as error:
         raise ModelError(
             redact(
