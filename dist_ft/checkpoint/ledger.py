@@ -16,6 +16,7 @@ import numpy as np
 from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, compute_checksum, file_entry
 from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import Batch
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
