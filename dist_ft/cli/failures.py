@@ -75,20 +75,21 @@ def _explain(error: BaseException) -> DistFtError | None:
 
     if isinstance(error, BrokenPipeError):
         return DistFtError("the reader of the output has left before everything was printed.")
-    if isinstance(error, OSError) and error.errno in _ADVICE:
+    if isinstance(error, OSError):
         return _operating_system_error(error)
     return None
 
 
 def _operating_system_error(error: OSError) -> DistFtError:
     """Return an error about a path, or about the machine if the error names none."""
-    what = error.strerror or type(error).__name__
+    what = error.strerror or _one_line(error) or type(error).__name__
     if error.filename is not None:
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
         what = f"{name}: {what}"
 
     # A wrong path needs another command; a full disk does not.
-    text = f"{what}. {_ADVICE[error.errno or 0]}"
+    advice = _ADVICE.get(error.errno or 0, "--debug shows which call failed.")
+    text = f"{what}. {advice}"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return DataError(text)
     return DistFtError(text)

@@ -6,7 +6,6 @@ rows are written into a temporary folder and scored like any other data.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.core.errors import ConfigError, DataError
+from dist_ft.core.json_documents import encode_json
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.data.tools import perturb
@@ -215,6 +215,5 @@ def _write_source(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source,
     path = folder / f"{name}.jsonl"
 
     # Rows of Parquet files may hold values that JSON lacks, such as dates: these become text.
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    path.write_text("".join(lines), "utf-8")
+    path.write_bytes(b"".join(encode_json(row) + b"\n" for row in rows))
     return (Source(path=str(path)),)

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.runtime.ray_backend.placement import worker_resources
 from dist_ft.storage.local_files import read_regular
@@ -201,7 +202,7 @@ class Server:
 
         try:
             answer.raise_for_status()
-            return answer.json()
+            return decode_json(answer.content)
         except (requests.RequestException, ValueError) as error:
             # ValueError: a web page in place of JSON
             raise WorkerError(
