@@ -38,7 +38,10 @@ def decode_json(content: bytes | str) -> Any:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
     try:
-        return json.loads(content, object_pairs_hook=_unique)
+        if isinstance(content, bytes):
+            # As `json.loads` does, which would build a new decoder for each row.
+            content = content.decode(json.detect_encoding(content), "surrogatepass")
+        return _DECODER.decode(content)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}"
         if error.lineno > 1:
@@ -80,6 +83,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"duplicate key {printable_line(twice)[:MAX_REASON]!r}")
     return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def parse_json(content: bytes | str, name: str, remedy: str = RESTORE) -> Any:
