@@ -364,12 +364,9 @@ def next_step(folder: str) -> str:
     from pathlib import Path
 
     from dist_ft.checkpoint.export import INFO_FILE
-    from dist_ft.core.json_documents import interpreting
     from dist_ft.storage.documents import read_local_json_object
 
-    path = Path(folder).expanduser() / INFO_FILE
-    with interpreting(str(path)):
-        task = read_local_json_object(path)["task"]["name"]
+    task = read_local_json_object(Path(folder).expanduser() / INFO_FILE)["task"]["name"]
     if task == "causal_lm":
         return f'dist-ft generate {folder} --prompt "..."'
     if task == "masked_lm":

@@ -224,11 +224,11 @@ def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
 
     item_path = f"{path}.{location[0]}"
     if len(location) == 1:
-        allowed_form = f"a mapping with {', '.join(item.model_fields)}"
+        kind, allowed_form = "section", f"a mapping with {', '.join(item.model_fields)}"
         if item is Source:
-            allowed_form = f"a path, or {allowed_form}"
+            kind, allowed_form = "source", f"a path, or {allowed_form}"
         return (
-            f"{item_path}={format_value(error['input'])}: not a valid item. "
+            f"{item_path}={format_value(error['input'])}: not a {kind}. "
             f"Allowed: {allowed_form}. Correct it."
         )
 

@@ -7,6 +7,7 @@ overwrite lines), and bidirectional overrides show text in another order than it
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping
 
@@ -61,6 +62,7 @@ _JSON: Mapping[int, str] = _table(_json_escape, _KEPT)
 
 # Most text has none of them, and a search is faster than a translation.
 _ANY = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _RANGES) + "]")
+_TAG = re.compile(r"<[A-Za-z/!?]")
 _COLOR = re.compile(r"\x1b\[[0-9;:]*m")
 
 _MARKDOWN = str.maketrans(
@@ -123,6 +125,8 @@ def markdown_text(text: str, max_chars: int = 0) -> str:
 def markdown_code(text: str) -> str:
     """Return `text` as a Markdown code span, whatever backticks it has."""
     line = printable_line(text)
+    if _TAG.search(line):
+        return f"<code>{html.escape(line, quote=False)}</code>"
     fence = "`" * (_longest_backticks(line) + 1)
 
     # Spaces keep a backtick at an end apart from the fence. Markdown removes them.
@@ -131,8 +135,11 @@ def markdown_code(text: str) -> str:
 
 
 def markdown_block(text: str, language: str = "") -> list[str]:
-    """Return the lines of a Markdown code block with `text`, whatever backticks it has."""
+    """Return the lines of a Markdown code block with `text`, whatever backticks and tags it has."""
     content = printable(text.rstrip())
+    # Markdown shows tags in a fenced block as they are, but not every reader of a file is Markdown.
+    if _TAG.search(content):
+        return [f'<pre lang="{language}">', html.escape(content, quote=False), "</pre>"]
     fence = "`" * max(3, _longest_backticks(content) + 1)
     return [f"{fence}{language}", content, fence]
 

@@ -23,7 +23,6 @@ JSON_CALLS = {
     "inference/prediction_shards.py": "from the driver of the same command",
     "inference/ray_data.py": "from a worker of the same command",
 }
-YAML_CALLS = {"core/yaml_documents.py": "the door"}
 PRINT_CALLS = {
     "cli/output.py": "the door",
     "cli/failures.py": "escapes what it prints",
@@ -68,8 +67,9 @@ def users(*names: str) -> set[str]:
 @pytest.mark.parametrize(
     ("names", "allowed"),
     [
-        (("json.load", "json.loads", "encoder.loads"), JSON_CALLS),
-        (("yaml.load", "yaml.load_all", "yaml.safe_load", "yaml.safe_load_all"), YAML_CALLS),
+        (("json.load", "json.loads", "json.JSONDecoder", "encoder.loads"), JSON_CALLS),
+        # core/yaml_documents.py is the door, with a loader of its own.
+        (("yaml.load", "yaml.load_all", "yaml.safe_load", "yaml.safe_load_all"), {}),
         (("print", "typer.echo", "typer.secho", "click.echo", "pprint"), PRINT_CALLS),
     ],
 )

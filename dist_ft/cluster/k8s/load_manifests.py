@@ -149,9 +149,9 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
 
         items = [content]
         if isinstance(content, dict) and content.get("kind") == "List":
-            items = content.get("items")
-            if not isinstance(items, list):
+            if not isinstance(content.get("items"), list):
                 raise ConfigError([f"{name}: a List without items. It needs a list. Correct it."])
+            items = content["items"]
 
         for item in items:
             if not isinstance(item, dict):

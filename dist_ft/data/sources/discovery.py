@@ -231,8 +231,8 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
             )
         if not listing[url]["size"]:
             raise DataError(
-                f"{field_value}: the shard {name} is empty, or no regular file. Each shard must "
-                "hold at least one row. Remove or fill it."
+                f"{field_value}: the shard {name} is empty. Each shard must hold at least one row. "
+                "Remove or fill it."
             )
 
         shards.append(Shard(url, kind, listing[url]["size"], listing[url]["version"]))

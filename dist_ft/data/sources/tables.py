@@ -16,7 +16,7 @@ from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
 from dist_ft.data.sources import ranged_reads
-from dist_ft.data.sources.discovery import Shard
+from dist_ft.data.sources.discovery import Row, RowLocation, Shard
 
 BATCH_ROWS = 256
 """Rows that are decoded at a time. Few, as a page of a few bytes may stand for many long texts."""
@@ -24,6 +24,8 @@ MAX_EXPANSION = 16
 """Decoded bytes of a range, by the bytes that the file says it has."""
 MIN_EXPANDED_BYTES = 2**30
 """Below this, decoded bytes are not compared: dictionaries and runs take little room in a file."""
+ROW_BYTES = 32
+"""Least memory of a row, also of one without values."""
 MAX_BYTES_PER_GROUP = 2**40
 """Bytes of a row group, or rows: more is a damaged footer."""
 _ARROW_FILE_MAGIC = b"ARROW1"
@@ -63,8 +65,7 @@ class _ArrowReader:
 
         first_row = 0
         for rows in batches:
-            # Arrow reads values where their offsets point, without looking whether they lie inside.
-            rows.validate(full=True)
+            _require_offsets_inside(rows)
             yield _Batch(first_row, rows)
             first_row += len(rows)
 
@@ -160,21 +161,24 @@ def _regroup_by_range(
     import pyarrow
 
     held: deque[_Batch] = deque()
-    held_bytes = 0
+    held_bytes: deque[int] = deque()
     for part in ranges:
         # a batch at the edge of two ranges is held for both
         while held and held[0].stop_row <= part.start:
-            held_bytes -= held.popleft().rows.nbytes
+            held.popleft()
+            held_bytes.popleft()
 
         # read on until the batches cover the range
+        total_bytes = sum(held_bytes)
         while part.stop == END_OF_SHARD or not held or held[-1].stop_row < part.stop:
             batch = next(batches, None)
             if batch is None:
                 break
             if batch.stop_row > part.start:
                 held.append(batch)
-                held_bytes += batch.rows.nbytes
-                _require_expected_size(shard, held_bytes, part)
+                held_bytes.append(_expanded_bytes(batch.rows))
+                total_bytes += held_bytes[-1]
+                _require_expected_size(shard, total_bytes, part)
 
         # the schema is needed where no batch is held
         table = pyarrow.Table.from_batches([batch.rows for batch in held], schema)
@@ -185,7 +189,69 @@ def _regroup_by_range(
         num_rows = None
         if part.stop != END_OF_SHARD:
             num_rows = part.stop - part.start
-        yield part, table.slice(skipped, num_rows)
+        yield part, _with_bad_rows(shard, table.slice(skipped, num_rows), part)
+
+
+def _expanded_bytes(rows: Any) -> int:
+    """Return the bytes of a record batch as Python would hold it."""
+    num_bytes = rows.num_rows * ROW_BYTES
+    for column in rows.columns:
+        num_bytes += _expanded_column_bytes(column)
+    return num_bytes
+
+
+def _expanded_column_bytes(column: Any) -> int:
+    import pyarrow
+    import pyarrow.compute
+
+    kind = column.type
+    # Each value of a dictionary is stored once, however many rows have it.
+    if pyarrow.types.is_dictionary(kind):
+        values = column.dictionary
+        size = values.nbytes / max(1, len(values))
+        if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+            lengths = pyarrow.compute.binary_length(values)
+            return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+        return int(size * len(column))
+
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_expanded_column_bytes, column.flatten()))
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        return column.nbytes + _expanded_column_bytes(column.flatten())
+    return int(column.nbytes)
+
+
+def _require_offsets_inside(rows: Any) -> None:
+    """Raise ArrowInvalid for damaged offsets: Arrow would read values wherever they point."""
+    import pyarrow
+
+    try:
+        rows.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        # Text that is not UTF-8 is a fault of its row, which is named later.
+        if "UTF8" not in str(error):
+            raise
+
+
+def _with_bad_rows(shard: Shard, table: Any, part: ShardRange) -> Any:
+    """Return a table; if text in it is not UTF-8, its rows, with errors in the place of those."""
+    import pyarrow
+
+    try:
+        table.validate(full=True)
+        return table
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+
+    rows: list[Row | DataError] = []
+    for number in range(table.num_rows):
+        try:
+            rows += table.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            location = RowLocation(shard.url, part.start + number + 1)
+            rows.append(location.error(f"has text that is not UTF-8 ({error.reason}). Convert it."))
+    return rows
 
 
 def _require_expected_size(shard: Shard, num_bytes: int, part: ShardRange) -> None:

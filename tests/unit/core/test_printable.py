@@ -114,3 +114,12 @@ def test_log_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().err
     assert "\\x1b]0;owned\\x07 \\x0d gone" in shown
     assert "\x1b" not in shown and "\r" not in shown
+
+
+def test_tags_in_code_are_escaped_too() -> None:
+    # Not every reader of a Markdown file knows that tags in a fenced block are not run.
+    evil = "name: <script>alert(1)</script>"
+    block = "\n".join(printable.markdown_block(evil, "yaml"))
+    assert block == ('<pre lang="yaml">\nname: &lt;script&gt;alert(1)&lt;/script&gt;\n</pre>')
+    assert printable.markdown_code("a<b>`") == "<code>a&lt;b&gt;`</code>"
+    assert printable.markdown_code("a < b") == "`a < b`"

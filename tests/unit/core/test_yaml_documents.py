@@ -42,7 +42,6 @@ REFUSED = {
     "month": ("a: 2024-13-45", "not a valid timestamp"),
     "int": ("a: !!int ''", "not a valid int"),
     "float": ("a: !!float ''", "not a valid float"),
-    "binary": ("a: !!binary '*'", "failed to decode base64|not a valid binary"),
     "digits": ("a: " + "9" * 5000, "a number of more than 100 characters"),
     "sexagesimal": ("a: 1" + ":59" * 5000, "a number of more than 100 characters"),
     "hexadecimal": ("a: 0x" + "f" * 5000, "a number of more than 100 characters"),

@@ -90,19 +90,35 @@ def test_damage_is_one_line(suffix: str, tmp_path: Path) -> None:
 def test_offsets_beyond_the_values_are_refused(tmp_path: Path) -> None:
     import struct
 
-    # Offsets of 4 bytes that point far outside the buffer of values.
-    offsets = pa.py_buffer(struct.pack("<4i", 0, 1, 2, 2**30))
-    array = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"abc")])
-    shard = write(tmp_path / "a.arrow", arrow(pa.table({"text": array})))
+    # Offsets of 4 bytes, of which the last points far outside the buffer of values.
+    sound = struct.pack("<4i", 0, 1, 2, 3)
+    content = arrow(pa.table({"text": ["a", "b", "c"]}))
+    assert content.count(sound) == 1
+    damaged = content.replace(sound, struct.pack("<4i", 0, 1, 2, 2**30))
+    shard = write(tmp_path / "a.arrow", damaged)
     with pytest.raises(DataError, match="is not valid Arrow"):
         list(readers.iter_rows(shard))
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_text_that_is_not_utf8_is_a_bad_row(suffix: str, tmp_path: Path) -> None:
     import struct
 
-    offsets = pa.py_buffer(struct.pack("<2i", 0, 2))
-    array = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe")])
-    shard = write(tmp_path / "a.arrow", arrow(pa.table({"text": array})))
-    with pytest.raises(DataError, match="is not valid Arrow"):
+    # pyarrow writes what is called text without looking at it.
+    offsets = pa.py_buffer(struct.pack("<4i", 0, 1, 3, 4))
+    array = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfeb")])
+    table = pa.table({"text": array})
+    shard = write(tmp_path / f"a.{suffix}", arrow(table) if suffix == "arrow" else parquet(table))
+
+    first, second, third = readers.iter_rows(shard)
+    assert first == {"text": "a"} and third == {"text": "b"}
+    assert isinstance(second, DataError)
+    assert str(second).startswith(f"{shard.url} row 2: has text that is not UTF-8")
+
+
+def test_rows_without_values_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MIN_EXPANDED_BYTES", MIB)
+    shard = write(tmp_path / "a.arrow", arrow(pa.table({"nothing": pa.nulls(10**9)})))
+    assert shard.size < 10_000
+    with pytest.raises(DataError, match="decode to more than"):
         list(readers.iter_rows(shard))
