@@ -358,12 +358,12 @@ def report(run: RunConfig | str) -> Report:
 
 def next_step(folder: str) -> str:
     """Return what to do next with an exported folder: a command or a hint, by its task."""
-    import json
     from pathlib import Path
 
     from dist_ft.checkpoint.export import INFO_FILE
+    from dist_ft.storage.documents import read_local_json_object
 
-    task = json.loads((Path(folder).expanduser() / INFO_FILE).read_text("utf-8"))["task"]["name"]
+    task = read_local_json_object(Path(folder).expanduser() / INFO_FILE)["task"]["name"]
     if task == "causal_lm":
         return f'dist-ft generate {folder} --prompt "..."'
     if task == "masked_lm":

@@ -21,6 +21,8 @@ from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import PLANNED, CheckpointError, DistFtError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
+from dist_ft.storage.documents import MAX_LARGE_BYTES, read_json_object
+from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
@@ -166,10 +168,12 @@ def load_manifest(store: Store, name: str, tier: Tier = Tier.STORAGE) -> Manifes
     """
     path = _manifest_path(name, tier)
     try:
-        content = store.read(path)
+        content = store.read_at_most(path, MAX_LARGE_BYTES)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise DamagedError(f"{store.redacted_url(path)}: the file is missing") from error
+        if isinstance(error.__cause__, UnusableFileError | IsADirectoryError):
+            raise DamagedError(f"{error} It will not be loaded") from error
         raise
 
     manifest = manifests.parse_manifest(content, store.redacted_url(path))
@@ -314,7 +318,7 @@ def num_failures(store: Store, attempt: int) -> int:
 
     # The count only tunes the save interval, so a lost record is no error.
     try:
-        record = json.loads(store.read(f"{ATTEMPTS}/{attempt:06d}.json"))
+        record = read_json_object(store, f"{ATTEMPTS}/{attempt:06d}.json")
         return int(record.get("failures", 0))
-    except (StorageError, ValueError, AttributeError):
+    except (StorageError, ValueError, TypeError, OverflowError):
         return 0

@@ -34,6 +34,7 @@ from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.adapters.adapter_files import INFO_FILE
 from dist_ft.model.loading.load import extra_model_kwargs, model_from_config, probe_outputs
+from dist_ft.storage.documents import read_local_json_object
 from dist_ft.storage.filesystem import Store
 
 MAX_ROUNDING_ERRORS = 16
@@ -197,7 +198,7 @@ def _base_model(store: Store) -> _BaseModel:
 
 def read_exported_task(folder: Path) -> TaskSection:
     """Return the task of the model in an exported folder."""
-    info = json.loads((folder / INFO_FILE).read_text("utf-8"))
+    info = read_local_json_object(folder / INFO_FILE)
     return load_stored_section(info, "task", TaskSection, str(folder / INFO_FILE))
 
 

@@ -8,7 +8,6 @@ world size or ZeRO stage.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import numpy as np
 
 from dist_ft.checkpoint.checked_reads import ByteRange, CheckedBytes, CheckedFiles
 from dist_ft.core.errors import CheckpointError, DistFtError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.world import Collectives, World, raise_together
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -133,7 +133,7 @@ def _read_header(files: CheckedFiles, path: str, start: CheckedBytes) -> Fragmen
         whole = start
         if 8 + length > len(start.content):
             whole = files.read(path, 0, 8 + length)
-        header = json.loads(bytes(whole.slice(8, 8 + length)))
+        header = decode_json(bytes(whole.slice(8, 8 + length)))
 
         index: FragmentIndex = defaultdict(list)
         for label, info in dict(header).items():

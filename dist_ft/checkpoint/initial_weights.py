@@ -23,9 +23,11 @@ from dist_ft.checkpoint.trained_model import MODEL_FOLDER, find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
+from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.model.loading.download import cache_folder
+from dist_ft.storage.documents import MAX_BYTES, MAX_LARGE_BYTES, read_json_object
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.run")
@@ -142,7 +144,8 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
         )
 
     # The manifest has the checksums of all files, so its hash names the weights themselves.
-    manifest = store.read(f"{discovery.FOLDER}/{name}/{manifests.NAME}")
+    path = f"{discovery.FOLDER}/{name}/{manifests.NAME}"
+    manifest = store.read_at_most(path, MAX_LARGE_BYTES)
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + manifest)
     folder = _models_folder(cache_dir) / f"run-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,8 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
             "checkpoint is required. Wait until it has one."
         )
 
-    digest = xxhash.xxh3_128_hexdigest(store.url.encode() + store.read("config.json"))
+    config = store.read_at_most("config.json", MAX_BYTES)
+    digest = xxhash.xxh3_128_hexdigest(store.url.encode() + config)
     folder = _models_folder(cache_dir) / f"described-{digest}"
     # Unlike an export, a download may stop half-way. This file is written at its end.
     is_complete = folder / ".described"
@@ -193,7 +197,8 @@ def _models_folder(cache_dir: str | None) -> Path:
 def _choose_step(section: ModelSection, store: Store) -> int:
     """Return the step that this run starts from, as recorded at its first start (rank 0 only)."""
     if store.exists(INITIAL_CHECKPOINT):
-        return int(json.loads(store.read(INITIAL_CHECKPOINT))["step"])
+        with interpreting(store.redacted_url(INITIAL_CHECKPOINT)):
+            return int(read_json_object(store, INITIAL_CHECKPOINT)["step"])
 
     step = latest_step(section.path, section.checkpoint)
     record = {"run": redact(section.path), "step": step}

@@ -16,6 +16,7 @@ import numpy as np
 from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, compute_checksum, file_entry
 from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import Batch
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
@@ -93,7 +94,7 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     next_step = 0
     for segment in manifest.ledger:
         where = store.redacted_url(segment.file.path)
-        content = store.read(segment.file.path)
+        content = store.read_at_most(segment.file.path, MAX_LARGE_BYTES)
         is_intact = (
             len(content) == segment.file.num_bytes
             and compute_checksum(content) == segment.file.checksum

@@ -94,10 +94,14 @@ class FileEntry(_FrozenModel):
         return self
 
 
+Dimension = Annotated[int, Field(ge=0, lt=2**50)]
+"""Elements of a tensor along one axis."""
+
+
 class TensorInfo(_FrozenModel):
     """The full (unsharded) shape of one tensor of the model."""
 
-    shape: tuple[int, ...]
+    shape: tuple[Dimension, ...]
 
 
 class LedgerEntry(_FrozenModel):

@@ -6,7 +6,6 @@ Fragments are read tensor by tensor.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -25,6 +24,7 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.metrics import best as best_metric
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import model_from_config, probe_outputs
+from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
@@ -208,14 +208,12 @@ def load_task_settings(store: Store) -> TaskSettings:
 
     # From the config if it names them, else those that the run found in its data.
     labels = (
-        task.labels
-        or tuple(prompting.verbalizers)
-        or tuple(json.loads(store.read("data/labels.json")))
+        task.labels or tuple(prompting.verbalizers) or read_json_texts(store, "data/labels.json")
     )
 
     # The examples that the run drew, so that prompts are the same as in training.
     if prompting.shots:
-        templates = tuple(json.loads(store.read("data/examples.json")))
+        templates = read_json_texts(store, "data/examples.json")
         prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
 
     return TaskSettings(task.model_copy(update={"labels": labels}), prompting)

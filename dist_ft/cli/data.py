@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides, Run, named_run
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def inspect(
     from dist_ft.data.tools import inspection
 
     quiet_third_parties()
-    typer.echo(inspection.format_inspection(inspection.inspect_paths(paths)))
+    output.echo(inspection.format_inspection(inspection.inspect_paths(paths)))
 
 
 def import_(
@@ -97,7 +98,7 @@ def import_(
     # All rows before the first is written: a mistake in the last file leaves no half of a data set.
     rows = list(IMPORTERS[kind](paths, encoding, part))
     _write_rows(rows, out)
-    typer.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
+    output.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
 
 
 def split(
@@ -168,7 +169,7 @@ def split(
     for name, members in splits.items():
         path = f"{out.rstrip('/')}/{name}.jsonl"
         _write_rows(members, path)
-        typer.echo(f"{len(members):>8,} rows in {path}")
+        output.echo(f"{len(members):>8,} rows in {path}")
 
 
 def pseudo(
@@ -218,7 +219,7 @@ def pseudo(
         )
 
     _write_rows(result.rows, out)
-    typer.echo(describe(result, out))
+    output.echo(describe(result, out))
 
 
 def preview(
@@ -250,10 +251,12 @@ def preview(
     if on_terminal:
         from rich.console import Console
 
+        from dist_ft.core.printable import printable
+
         # Without rich's own highlighting, which would color numbers like targets.
-        Console(highlight=False).print(text)
+        Console(highlight=False).print(printable(text))
     else:
-        typer.echo(text)
+        output.echo(text)
 
 
 def pack_stats(config: Config, overrides: Overrides = None) -> None:
@@ -271,7 +274,7 @@ def pack_stats(config: Config, overrides: Overrides = None) -> None:
     from dist_ft.core.logs import quiet_third_parties
 
     quiet_third_parties()
-    typer.echo(api.pack_stats(load_config(config, overrides or ())))
+    output.echo(api.pack_stats(load_config(config, overrides or ())))
 
 
 def write(
@@ -313,7 +316,7 @@ def write(
 
     quiet_third_parties()
     written = api.write_data(load_config(config, overrides or ()), out, format, shard_mib, tokenize)
-    typer.echo(
+    output.echo(
         f"{written.num_shards} shards in {out}, {written.num_written} of them written now; "
         f"next: set data.train={out}"
     )
@@ -350,13 +353,13 @@ def verify(
     url, places = named_run(run, overrides)
     audit = ledger_audit.audit(url)
 
-    typer.echo(redact(ledger_audit.describe(audit)))
+    output.echo(redact(ledger_audit.describe(audit)))
     if not audit.is_sound:
         raise typer.Exit(1)
 
     # Last, as it lists all of the data: the ledger only proves something if its data is unchanged.
     num_shards = ledger_audit.verify_shards(url, (*places, *(data or ())))
-    typer.echo(f"shards unchanged since the run started: all {num_shards}")
+    output.echo(f"shards unchanged since the run started: all {num_shards}")
 
 
 def _parse_shares(texts: Sequence[str]) -> dict[str, float]:

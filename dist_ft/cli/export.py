@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Overrides, Run, is_config_file, run_url
 
 DTYPES = ("bfloat16", "float32")
@@ -93,8 +94,8 @@ def export(
         average=average,
     )
     if changes:
-        typer.echo(before_after("int8 weights", changes))
+        output.echo(before_after("int8 weights", changes))
 
     # No other command takes an adapter alone.
     next_step = "" if adapter else f"; next: {api.next_step(out)}"
-    typer.echo(f"wrote {out}{next_step}")
+    output.echo(f"wrote {out}{next_step}")

@@ -6,21 +6,93 @@ is printed only with --debug (or DIST_FT_DEBUG=1).
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
-from dist_ft.core.errors import DistFtError, explain_library_error
+from dist_ft.core.errors import (
+    ConfigError,
+    DataError,
+    DistFtError,
+    DocumentError,
+    Interrupted,
+    ModelError,
+    StorageError,
+    explain_library_error,
+)
+
+_ADVICE = {
+    errno.ENOSPC: "The disk is full. Free some space.",
+    errno.EDQUOT: "The quota of the disk is used up. Free some space.",
+    errno.EROFS: "The file system is read-only. Choose another folder.",
+    errno.EACCES: "Access is denied. Check the permissions.",
+    errno.EPERM: "Access is denied. Check the permissions.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "A part of the path is a file. Check the path.",
+    errno.EISDIR: "A file is needed, and this is a folder. Check the path.",
+    errno.ENAMETOOLONG: "The name is too long for the file system. Choose a shorter one.",
+    errno.ELOOP: "Symbolic links lead in a circle. Check the path.",
+    errno.EMFILE: "The process may not open more files. Raise the limit (ulimit -n).",
+    errno.ENFILE: "The machine may not open more files. Raise its limit (fs.file-max).",
+    errno.ENOMEM: "The machine has no memory left.",
+}
+"""What to do about an error of the operating system."""
 
 
-def report_error(error: Exception) -> int:
+def report_error(error: BaseException) -> int:
     """Print `error` for the user and return the exit code."""
+    explained = _explain(error)
+    if explained is not None:
+        return _print_failure(_message(explained), explained.exit_code, error)
+    return _print_failure(_unexpected(error), 1, error)
+
+
+def _explain(error: BaseException) -> DistFtError | None:
+    """Return the error as one that a user can act on; None if it is a bug of dist_ft."""
     if isinstance(error, DistFtError):
-        return _print_failure(_message(error), error.exit_code, error)
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("stopped by the user.")
 
     # Too little memory, or the end of another worker, is no bug of dist_ft.
     explained = explain_library_error(error)
-    text = _unexpected(error) if explained is None else _message(explained)
-    return _print_failure(text, 1, error)
+    if explained is not None:
+        return explained
+
+    if isinstance(error, RecursionError):
+        return DataError(
+            "an input is nested too deeply: Python's stack is exhausted. Give one with fewer "
+            "levels. --debug shows where it was read."
+        )
+
+    # Libraries in Rust (tokenizers, safetensors) raise it for what they did not expect; it is no
+    # Exception, so that nobody handles it by mistake.
+    if type(error).__name__ == "PanicException":
+        return ModelError(
+            f"a library in Rust gave up on its input ({_one_line(error)}). A file of the model or "
+            "its tokenizer is damaged, or of an unknown form. --debug shows which call failed."
+        )
+
+    if isinstance(error, BrokenPipeError):
+        return DistFtError("the reader of the output has left before everything was printed.")
+    if isinstance(error, OSError):
+        return _operating_system_error(error)
+    return None
+
+
+def _operating_system_error(error: OSError) -> DistFtError:
+    """Return an error about a path, or about the machine if the error names none."""
+    what = error.strerror or _one_line(error) or type(error).__name__
+    if error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        what = f"{name}: {what}"
+
+    # A wrong path needs another command; a full disk does not.
+    advice = _ADVICE.get(error.errno or 0, "--debug shows which call failed.")
+    text = f"{what}. {advice}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return DataError(text)
+    return DistFtError(text)
 
 
 def leave(code: int) -> None:
@@ -28,16 +100,37 @@ def leave(code: int) -> None:
 
     A process that joined a torch process group ends through `runtime.local`, if that was imported.
     """
+    _flush_output()
+
     # Not imported here: a command that never trained must not wait for torch in order to end.
     local = sys.modules.get("dist_ft.runtime.local")
     exit_process = local.exit_process if local else sys.exit
     exit_process(code)
 
 
+def _flush_output() -> None:
+    """Write what is buffered; output that nobody reads any more is dropped."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        # Python flushes again at exit, and would print an error of its own.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def _message(error: DistFtError) -> str:
     from dist_ft.core.logs import redact
+    from dist_ft.core.printable import printable, printable_line
 
-    return redact(f"dist-ft: {error}")
+    # Problems of a config are one line each, whatever newlines a value has.
+    if isinstance(error, ConfigError):
+        problems = [printable_line(redact(problem)) for problem in error.problems]
+        return f"dist-ft: {ConfigError(problems, printable_line(redact(error.source)))}"
+
+    # A newline in a name or a row of data must not look like a second message.
+    escape = printable
+    if isinstance(error, DataError | DocumentError | ModelError | StorageError):
+        escape = printable_line
+    return escape(redact(f"dist-ft: {error}"))
 
 
 def _print_failure(text: str, code: int, error: BaseException) -> int:
@@ -45,31 +138,45 @@ def _print_failure(text: str, code: int, error: BaseException) -> int:
         import traceback
 
         from dist_ft.core.logs import redact
+        from dist_ft.core.printable import printable
 
         # The arguments of library calls are in a traceback, and with them URLs and tokens.
-        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+        trace = redact("".join(traceback.format_exception(error)))
+        print(printable(trace), file=sys.stderr)
 
     # After the traceback, so that the message is the last line on the screen.
     print(text, file=sys.stderr)
     return code
 
 
-def _unexpected(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    """Return the start of an error's text, on one line and without credentials."""
+    from dist_ft.core.logs import redact
+    from dist_ft.core.printable import printable_line
+
+    return printable_line(redact(" ".join(str(error).split())))[:200]
+
+
+def _unexpected(error: BaseException) -> str:
     """Save the traceback to a file and return the message that names it."""
     import tempfile
     import traceback
 
     from dist_ft.core.logs import redact
 
-    # Kept for the bug report: the user may have closed the terminal by then.
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(redact("".join(traceback.format_exception(error))))
-
-    # On one line: the whole text is in the file.
-    summary = redact(" ".join(str(error).split()))[:200]
-    return (
-        f"dist-ft: unexpected {type(error).__name__}: {summary}. This is a bug in dist_ft. "
-        f"The traceback is in {file.name}. Please report it."
+    summary = (
+        f"dist-ft: unexpected {type(error).__name__}: {_one_line(error)}. This is a bug in dist_ft."
     )
+
+    # Kept for the bug report: the user may have closed the terminal by then.
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dist-ft-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(redact("".join(traceback.format_exception(error))))
+    except OSError as unwritten:
+        return (
+            f"{summary} The traceback cannot be saved ({unwritten.strerror}): repeat with --debug."
+        )
+
+    return f"{summary} The traceback is in {file.name}. Please report it."

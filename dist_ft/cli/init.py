@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli import output
+
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="New folder to write to.")]
 Tiny = Annotated[
     bool, typer.Option("--tiny", help="Make a small model and data on the spot, without network.")
@@ -37,4 +39,4 @@ def init(folder: Folder, tiny: Tiny = False) -> None:
 
     quiet_third_parties()
     config = write_tiny_project(folder)
-    typer.echo(f"written: {config}\nnext:    dist-ft train {config}")
+    output.echo(f"written: {config}\nnext:    dist-ft train {config}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides
 
 HELP = (
@@ -139,7 +139,7 @@ def submit(
     running = prepared.running_job
 
     if print_only:
-        typer.echo(request.submit_command(redact(server.url), bool(server.headers)))
+        output.echo(request.submit_command(redact(server.url), bool(server.headers)))
         if prepared.packed is not None:
             _print_status(f"packed the project into {prepared.packed.archive}; remove it after use")
         return
@@ -161,7 +161,7 @@ def submit(
         _print_status(f"attached to job {name} of this run ({running['status']}){note}")
 
     if no_wait:
-        typer.echo(f"next: dist-ft jobs logs --follow {name}")
+        output.echo(f"next: dist-ft jobs logs --follow {name}")
         return
 
     # Ctrl-C ends this command, not the job, which is a process of the cluster.
@@ -194,10 +194,10 @@ def list_jobs(address: Address = None) -> None:
 
     # A pending job has no start time yet.
     for job in sorted(jobs, key=lambda job: job.get("start_time") or 0):
-        typer.echo(_describe(job))
+        output.echo(_describe(job))
 
     plural = "" if len(jobs) == 1 else "s"
-    typer.echo(f"{len(jobs)} job{plural}")
+    output.echo(f"{len(jobs)} job{plural}")
 
 
 def status(name: Job, address: Address = None) -> None:
@@ -213,7 +213,7 @@ def status(name: Job, address: Address = None) -> None:
     from dist_ft.cluster.jobs import job_request, submission
 
     job = submission.server_at(address).job(name)
-    typer.echo(_describe(job))
+    output.echo(_describe(job))
 
     # The exit code makes the command usable in scripts that wait for a job.
     has_ended = job["status"] in job_request.ENDED
@@ -246,7 +246,7 @@ def logs(
     server.job(name)
     if not follow:
         # The job redacts the secrets of its nodes; this one, those of this machine.
-        typer.echo(redact(server.log(name)), nl=False)
+        output.write_log(redact(server.log(name)))
         return
 
     try:
@@ -272,7 +272,7 @@ def stop(name: Job, address: Address = None) -> None:
     from dist_ft.cluster.jobs import submission
 
     job = submission.stop(submission.server_at(address), name, _print_status)
-    typer.echo(_describe(job))
+    output.echo(_describe(job))
 
 
 def _follow(server: Any, name: str) -> None:
@@ -305,11 +305,9 @@ def _describe(job: Any) -> str:
 
 
 def _write(text: str) -> None:
-    # Flushed, as a log that is followed may end in the middle of a line.
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    output.write_log(text)
 
 
 def _print_status(text: str) -> None:
     # On stderr: stdout holds the log of the job alone.
-    typer.echo(f"dist-ft: {text}", err=True)
+    output.echo(f"dist-ft: {text}", err=True)

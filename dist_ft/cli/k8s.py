@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides
 
 HELP = (
@@ -137,19 +138,19 @@ def render(
     # On stdout next to files, on stderr if stdout holds the manifests.
     folder = kustomize or out
     for name, arithmetic in describe_sizing(compute_sizing(run, options)):
-        typer.echo(f"{name:<12}{arithmetic}", err=not folder)
+        output.echo(f"{name:<12}{arithmetic}", err=not folder)
 
     # One stream for `kubectl apply -f -`.
     if not folder:
         documents = [document for file in files.values() for document in file]
-        typer.echo(rendering.to_yaml(documents), nl=False)
+        output.echo_yaml(rendering.to_yaml(documents))
         return
 
     rendering.write_files(texts, folder)
 
     # With kustomize, an overlay is what is checked and applied.
     overlay_folder = "/overlays/production" if kustomize else ""
-    typer.echo(
+    output.echo(
         f"wrote {len(texts)} files below {folder}; next: dist-ft k8s check {folder}{overlay_folder}"
     )
 
@@ -194,9 +195,9 @@ def check(
     # Notes say what could not be checked (a kind without a schema). They are no problems.
     report = checking.check(paths, crd, kubernetes)
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        output.echo(f"note: {note}", err=True)
 
     if report.problems:
         raise ConfigError(report.problems, "k8s check")
 
-    typer.echo(f"{report.checked} objects: ok")
+    output.echo(f"{report.checked} objects: ok")

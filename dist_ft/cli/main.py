@@ -21,6 +21,7 @@ from dist_ft.cli import (
     jobs,
     k8s,
     models,
+    output,
     plan,
     runs,
     selftest,
@@ -96,9 +97,11 @@ for _name, _module in GROUPS.items():
 
 def main() -> None:
     """Run the command line; every failure becomes a text on stderr and an exit code."""
+    output.forgive_encoding()
     try:
         app()
     except SystemExit as end:
         failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except Exception as error:
+    except BaseException as error:
+        # Not only Exception: a panic of a library in Rust is none, and neither is Ctrl-C.
         failures.leave(failures.report_error(error))

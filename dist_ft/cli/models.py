@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides, Strategy
 from dist_ft.config.task_facts import task_class
 
@@ -45,7 +46,7 @@ def generate(
     answer = api.generate(
         model, prompt, system=system, max_new_tokens=max_new_tokens, strategy=strategy
     )
-    typer.echo(answer)
+    output.echo(answer)
 
 
 def evaluate(
@@ -88,7 +89,7 @@ def evaluate(
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
+        output.echo_json(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
 
     # Models need not have the same metrics: one scored by several prompts also has a best and a
@@ -104,12 +105,12 @@ def evaluate(
 
     heads = [path + HEAD_NOTES.get(metrics["head"], "") for path, metrics in results.items()]
     held_out = ", ".join(source.path for source in run.evaluation.data)
-    typer.echo(format_table(f"{tables.label(run.task.name)} on {held_out}", rows, ["", *heads]))
+    output.echo(format_table(f"{tables.label(run.task.name)} on {held_out}", rows, ["", *heads]))
 
     for path, metrics in results.items():
         if "by_template" in metrics:
             task_metrics = task_class(run.task.name).metrics
-            typer.echo(tables.by_template(path, metrics["by_template"], task_metrics))
+            output.echo(tables.by_template(path, metrics["by_template"], task_metrics))
 
 
 def predict(
@@ -172,9 +173,9 @@ def predict(
 
     # A folder may already hold shards of an interrupted call: these numbers are those of this one.
     if out.endswith(".jsonl"):
-        typer.echo(f"{written.rows:,} rows in {out}")
+        output.echo(f"{written.rows:,} rows in {out}")
     else:
-        typer.echo(f"{written.files:,} shards in {out}; {written.rows:,} rows written now")
+        output.echo(f"{written.files:,} shards in {out}; {written.rows:,} rows written now")
 
 
 def decode(
@@ -222,7 +223,7 @@ def decode(
     if json:
         import json as encoder
 
-        typer.echo(encoder.dumps(results, indent=1, ensure_ascii=False))
+        output.echo_json(encoder.dumps(results, indent=1, ensure_ascii=False))
         return
 
     # All strategies are scored by the same metrics, so the names of the first result suffice.
@@ -234,4 +235,4 @@ def decode(
 
     held_out = ", ".join(source.path for source in run.evaluation.data)
     columns = ["", "model", *map(tables.label, names)]
-    typer.echo(format_table(f"generations on {held_out}", rows, columns))
+    output.echo(format_table(f"generations on {held_out}", rows, columns))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides
 
 
@@ -58,6 +59,6 @@ def plan(
 
     # JSON has bytes, for programs; the text has rounded GiB.
     if as_json:
-        typer.echo(json.dumps(resources, indent=2))
+        output.echo_json(json.dumps(resources, indent=2))
     else:
-        typer.echo(plan_report.as_text(resources))
+        output.echo(plan_report.as_text(resources))

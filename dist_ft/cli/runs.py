@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Overrides, Run, run_url
 
 HELP = (
@@ -45,7 +46,7 @@ def list_runs(
     """
     from dist_ft.runs import catalog
 
-    typer.echo(catalog.describe_all(storage))
+    output.echo(catalog.describe_all(storage))
 
 
 def show(run: Run, overrides: Overrides = None) -> None:
@@ -60,7 +61,7 @@ def show(run: Run, overrides: Overrides = None) -> None:
     """
     from dist_ft.runs import catalog
 
-    typer.echo(catalog.describe(run_url(run, overrides)))
+    output.echo(catalog.describe(run_url(run, overrides)))
 
 
 def watch(
@@ -80,7 +81,7 @@ def watch(
     from dist_ft.runs import watch_run
     from dist_ft.training.console import Console
 
-    typer.echo(watch_run.watch(run_url(run, overrides), once, Console().print))
+    output.echo(watch_run.watch(run_url(run, overrides), once, Console().print))
 
 
 def report(
@@ -108,9 +109,9 @@ def report(
 
     Next: open report/report.html
     """
-    import json
     from pathlib import Path
 
+    from dist_ft.core.json_documents import encode_json
     from dist_ft.runs import render_report
     from dist_ft.runs.report import gather
 
@@ -132,11 +133,11 @@ def report(
     texts = {
         "html": render_report.to_html(content),
         "md": render_report.to_markdown(content),
-        "json": json.dumps(content, indent=1, ensure_ascii=False),
+        "json": encode_json(content, indent=1).decode(),
     }
     for suffix, text in texts.items():
         (folder / f"report.{suffix}").write_text(text, "utf-8")
-    typer.echo(f"wrote report.html, report.md and report.json in {out}")
+    output.echo(f"wrote report.html, report.md and report.json in {out}")
 
 
 def verify(run: Run, overrides: Overrides = None) -> None:
@@ -156,7 +157,7 @@ def verify(run: Run, overrides: Overrides = None) -> None:
     damaged = False
     for name, problem in catalog.verify(run_url(run, overrides)):
         damaged |= bool(problem)
-        typer.echo(redact(f"{name}: {problem or 'ok'}"))
+        output.echo(redact(f"{name}: {problem or 'ok'}"))
 
     if damaged:
         raise typer.Exit(1)
@@ -184,7 +185,7 @@ def diff(
             [f"--step: got {len(step)} steps, expected 2. Use --step A --step B."], "runs diff"
         )
 
-    typer.echo(catalog.diff(run_url(run, overrides), *step))
+    output.echo(catalog.diff(run_url(run, overrides), *step))
 
 
 def prune(
@@ -224,9 +225,9 @@ def prune(
     dropped = catalog.prune(run_url(run, overrides), section, yes)
     verb = "removed" if yes else "would remove"
     for name in dropped:
-        typer.echo(f"{verb}: {name}")
+        output.echo(f"{verb}: {name}")
 
     plural = "" if len(dropped) == 1 else "s"
     count = f"{len(dropped)} checkpoint{plural}"
     hint = "; add --yes to remove" if dropped and not yes else ""
-    typer.echo(count + hint)
+    output.echo(count + hint)

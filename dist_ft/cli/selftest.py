@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Overrides, is_config_file
 
 DEFAULT_CONFIG: dict[str, Any] = {
@@ -77,7 +78,7 @@ def drill(
         run = load_config(config or "", overrides or ())
     report = fault_drill.run(run, scenario or (), keep, typer.echo)
 
-    typer.echo(fault_drill.describe(report))
+    output.echo(fault_drill.describe(report))
     if json_out is not None:
         Path(json_out).write_text(fault_drill.as_json(report))
 
@@ -147,8 +148,8 @@ def selftest(
     (folder / "selftest.json").write_text(self_test.as_json(report), "utf-8")
     (folder / "selftest.md").write_text(to_markdown(report), "utf-8")
 
-    typer.echo(self_test.describe(report))
-    typer.echo(f"wrote selftest.json and selftest.md in {out}; attach them to a bug report")
+    output.echo(self_test.describe(report))
+    output.echo(f"wrote selftest.json and selftest.md in {out}; attach them to a bug report")
 
     if not report.passed:
         raise typer.Exit(1)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides
 
 SkipCheck = Annotated[
@@ -64,5 +65,5 @@ def check(config: Config, overrides: Overrides = None) -> None:
         raise ConfigError(problems, source)
 
     for name, arithmetic in batch_arithmetic(run):
-        typer.echo(f"{name:<14}{arithmetic}")
-    typer.echo("ok")
+        output.echo(f"{name:<14}{arithmetic}")
+    output.echo("ok")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli import output
 from dist_ft.cli.arguments import Config, Overrides
 from dist_ft.cli.train import SkipCheck
 
@@ -35,8 +36,8 @@ def tune(
     quiet_third_parties()
     # The report is printed at the end; meanwhile each trial has its lines of progress.
     report = api.tune(config, search, overrides or (), report_line=typer.echo)
-    typer.echo(as_text(report))
-    typer.echo(f"wrote search.json, search.md and search.png in {report['url']}")
+    output.echo(as_text(report))
+    output.echo(f"wrote search.json, search.md and search.png in {report['url']}")
 
 
 def stages(
@@ -65,4 +66,4 @@ def stages(
 
     quiet_third_parties()
     report = api.stages(file, overrides or (), skip_check=skip_check, report_line=typer.echo)
-    typer.echo(f"wrote matrix.json, matrix.md and matrix.png in {report['url']}")
+    output.echo(f"wrote matrix.json, matrix.md and matrix.png in {report['url']}")

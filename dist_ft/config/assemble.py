@@ -8,12 +8,13 @@ counts as the key that was meant, so its value is checked too. Pure.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Generic, TypeVar, cast
+from typing import Annotated, Any, Generic, TypeVar, cast, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from dist_ft.config import renames
@@ -28,6 +29,10 @@ from dist_ft.config.error_messages import (
 from dist_ft.config.schema import RunConfig, Section, Source
 
 S = TypeVar("S", bound=Section)
+
+MAX_INTEGER = 2**63 - 1
+"""Largest whole number of a field: numpy and torch compute with 64 bits."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,13 @@ def _field(
         problems.append(renamed)
         value = renames.RUN.new_value(path, value)
 
+    if _has_surrogate(value):
+        problems.append(
+            f"{path}={format_value(value)}: has half of a character (a lone surrogate), which no "
+            "file can hold. Allowed: text that UTF-8 can write. Correct it."
+        )
+        return
+
     if _is_pseudo_number(value, info):
         problems.append(wrong_value(path, info, value))
         return
@@ -204,33 +216,65 @@ def _lines(path: str, info: FieldInfo, value: Any, errors: list[Any]) -> list[st
 
 def _line(path: str, info: FieldInfo, value: Any, error: Any) -> str:
     """Return the line for one of pydantic's errors within the field at `path`."""
-    # (), or (index,) of a source, or (index, field) within one.
+    # (), or (index,) of an item, or (index, field, ...) within one.
     location = error["loc"]
-    in_list = bool(location) and isinstance(location[0], int)
-    inner_path = ".".join([path, *map(str, location)])
-
-    if in_list and len(location) == 1:
-        return (
-            f"{inner_path}={format_value(error['input'])}: not a source. Allowed: a path, or a "
-            f"mapping with {', '.join(Source.model_fields)}. Correct it."
-        )
-    if not in_list or len(location) != 2:
+    item = _item_section(info)
+    if item is None or not (location and isinstance(location[0], int)):
         return wrong_value(path, info, value, error["type"])
 
-    field = location[1]
-    if error["type"] == "extra_forbidden":
-        return f"{inner_path}: no such field. Allowed: {', '.join(Source.model_fields)}. Remove it."
+    item_path = f"{path}.{location[0]}"
+    if len(location) == 1:
+        kind, allowed_form = "section", f"a mapping with {', '.join(item.model_fields)}"
+        if item is Source:
+            kind, allowed_form = "source", f"a path, or {allowed_form}"
+        return (
+            f"{item_path}={format_value(error['input'])}: not a {kind}. "
+            f"Allowed: {allowed_form}. Correct it."
+        )
+
+    name = str(location[1])
+    field_path = f"{item_path}.{name}"
+    if name not in item.model_fields:
+        fields = ", ".join(item.model_fields)
+        return f"{field_path}: no such field. Allowed: {fields}. Remove it."
     if error["type"] == "missing":
-        return missing_field(inner_path, Source.model_fields[field])
-    return wrong_value(inner_path, Source.model_fields[field], error["input"], error["type"])
+        return missing_field(field_path, item.model_fields[name])
+
+    # Of a list in an item, the whole list: what is allowed is said of it.
+    wrong = error["input"]
+    if len(location) > 2:
+        wrong = value[location[0]][name]
+    return wrong_value(field_path, item.model_fields[name], wrong, error["type"])
+
+
+def _item_section(info: FieldInfo) -> type[Section] | None:
+    """Return the class of the items of a list of sections; None for any other field."""
+    for part in get_args(info.annotation):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
 
 
 def _is_pseudo_number(value: Any, info: FieldInfo) -> bool:
-    """Whether pydantic would take `value` for a number although it is none: true, infinity."""
+    """Whether pydantic would take `value` for a number although none can compute with it.
+
+    That is true, infinity, and whole numbers of more than 64 bits.
+    """
     # bool is a subclass of int in Python, so true would count as 1.
     if isinstance(value, bool):
         return info.annotation is not bool
+    if isinstance(value, int):
+        return abs(value) > MAX_INTEGER
     return isinstance(value, float) and not math.isfinite(value)
+
+
+def _has_surrogate(value: Any) -> bool:
+    """Whether a text in `value` has a character that no file or terminal can be given."""
+    if isinstance(value, Mapping):
+        return any(_has_surrogate(part) for item in value.items() for part in item)
+    if isinstance(value, list | tuple):
+        return any(_has_surrogate(item) for item in value)
+    return isinstance(value, str) and _SURROGATE.search(value) is not None
 
 
 # Building an adapter compiles a validator. A search assembles the config of every trial.
@@ -242,7 +286,7 @@ def _adapter(model: type[Section], name: str) -> TypeAdapter[Any]:
     kind: Any = info.annotation
     if info.metadata:
         kind = Annotated[(info.annotation, *info.metadata)]
-    return TypeAdapter(kind)
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
 def _partial(model: type[Section], valid: dict[str, Any]) -> Section:

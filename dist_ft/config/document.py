@@ -1,56 +1,27 @@
 """Reads YAML text and `section.field=value` overrides into one nested mapping.
 
-Guarantees: only data is constructed (safe loader), a duplicate key is reported instead of silently
-replacing the first, `1e-5` is a number, and every mistake is a line in `problems` rather than an
-exception. Does not depend on the schema.
+Guarantees: only data is constructed, within bounds of size, depth and aliases (`yaml_documents`), a
+duplicate key is reported instead of silently replacing the first, `1e-5` is a number, and every
+mistake is a line in `problems` rather than an exception. Does not depend on the schema.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import yaml
 
+from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError, StorageError
 from dist_ft.core.logs import redact
+from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.filesystem import is_local, local_path
+from dist_ft.storage.local_files import read_regular
 from dist_ft.storage.single_files import read_file
 
-# YAML 1.1, which PyYAML reads, takes 1e-5 for a text: its floats need a dot and a signed exponent.
-_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-
 _FORM = "A config has `section:` lines with indented `field: value` lines below."
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader; also records duplicate keys and reads `1e-5` as a number."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.problems: list[str] = []
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Construct a mapping and record duplicate keys."""
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name = str(key.value)
-            line = key.start_mark.line + 1  # marks count from 0
-            if name in lines:
-                self.problems.append(
-                    f"line {line}: duplicate key {name!r} (first in line {lines[name]}). Each key "
-                    "is allowed once. Remove one."
-                )
-            elif name != "<<":  # merges an anchor; allowed once for each anchor
-                lines[name] = line
-
-        return super().construct_mapping(node, deep)
-
-
-# The characters are those that such a number can start with: PyYAML looks resolvers up by them.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 class ParsedYaml(NamedTuple):
@@ -68,12 +39,11 @@ class Document(NamedTuple):
 
 
 def parse_yaml(text: str) -> ParsedYaml:
-    """Return the value in `text`; raises `yaml.YAMLError`."""
-    loader = _Loader(text)
-    try:
-        return ParsedYaml(loader.get_single_data(), loader.problems)
-    finally:
-        loader.dispose()
+    """Return the one value in `text`, None without any; raises `yaml.YAMLError`."""
+    values, problems = yaml_documents.parse_yaml(text)
+    if len(values) > 1:
+        raise yaml_documents.YamlProblem("more than one document (a line of ---)", None)
+    return ParsedYaml(values[0] if values else None, problems)
 
 
 def read_document(source: str) -> Document:
@@ -87,10 +57,9 @@ def read_document(source: str) -> Document:
     name = name_of(source)
     text = source if is_document(source) else _read_text(source)
 
-    # A file of thousands of nested brackets exhausts the parser's stack.
     try:
         value, problems = parse_yaml(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(
             [f"{where(error)}not valid YAML: {reason(error)}. {_FORM} Correct it."],
             name,
@@ -122,10 +91,9 @@ def _read_text(source: str) -> str:
     name = redact(source)
     try:
         if not is_local(source):
-            return read_file(source).decode()
+            return read_file(source, yaml_documents.CONFIG.num_bytes).decode()
 
-        with open(local_path(source), encoding="utf-8") as handle:
-            return handle.read()
+        return read_regular(local_path(source), yaml_documents.CONFIG.num_bytes).decode()
     except FileNotFoundError as error:
         raise ConfigError(
             [f"no such file (looked in {os.getcwd()}). Check the path."], name
@@ -134,10 +102,14 @@ def _read_text(source: str) -> str:
         raise ConfigError(["is a folder. Give the YAML file in it."], name) from error
     except UnicodeDecodeError as error:
         raise ConfigError(["not a text file (UTF-8). Give a YAML file."], name) from error
+    except UnusableFileError as error:
+        raise ConfigError([f"{error}. Give a YAML file."], name) from error
     except OSError as error:
         raise ConfigError(
             [f"cannot be read ({error.strerror}). Check its permissions."], name
         ) from error
+    except ValueError as error:  # a path with a NUL
+        raise ConfigError([f"cannot be read ({error}). Check the path."], name) from error
     except StorageError as error:
         raise ConfigError([str(error)], name) from error
 
@@ -156,7 +128,8 @@ def apply_overrides(
     for override in overrides:
         path, equals, text = override.partition("=")
         path = path.strip()
-        if not equals or not all(path.split(".")):
+        names = path.split(".")
+        if not equals or not all(names) or len(names) > yaml_documents.MAX_DEPTH:
             problems.append(
                 f"override {redact(override)!r}: not of the form section.field=value. Write, for "
                 "example, schedule.steps=100."
@@ -165,7 +138,7 @@ def apply_overrides(
 
         try:
             value = _override_value(text, is_text(path))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             problems.append(
                 f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}). "
                 f"Correct it, or quote a text: '{path}=\"...\"'"
@@ -241,16 +214,9 @@ def _kind(value: Any) -> str:
 
 def where(error: Exception) -> str:
     """Return 'line N: ' of a YAML error, or nothing."""
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}: " if mark else ""
+    return yaml_documents.where(error)
 
 
 def reason(error: Exception) -> str:
     """Return the relevant part of a YAML error's text."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-
-    # `problem` is the reason alone; the text of a YAML error quotes lines of the file, which may
-    # hold a credential.
-    words = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return redact(str(words))
+    return redact(yaml_documents.reason(error))

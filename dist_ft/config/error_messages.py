@@ -133,9 +133,19 @@ def allowed(path: str, info: FieldInfo) -> str:
             choices += ", or the import path of a class such as mypackage.tasks:MyTask"
         return f"one of {choices}{optional}"
 
+    if get_origin(annotation) is tuple:
+        return f"a list of {_plural(get_args(annotation)[0])}{optional}"
+
     # The origin of dict[str, float] is dict; a plain type has none.
     words = _TYPES.get(get_origin(annotation) or annotation, "another value")
     return words + _bounds(info) + optional
+
+
+def _plural(annotation: Any) -> str:
+    """Return in words what a list holds."""
+    # A type with bounds, such as a number above 0, is Annotated[type, bounds].
+    plain = getattr(annotation, "__origin__", annotation)
+    return {int: "whole numbers", float: "numbers", str: "texts"}.get(plain, "mappings")
 
 
 def _bounds(info: FieldInfo) -> str:

@@ -11,14 +11,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import yaml
+
 from dist_ft.config import renames
 from dist_ft.config.assemble import assemble, assemble_stored, assemble_stored_section
-from dist_ft.config.document import apply_overrides, name_of, parse_yaml, read_document
+from dist_ft.config.document import apply_overrides, name_of, read_document
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
 from dist_ft.config.schema import RunConfig, Section, StorageSection
 from dist_ft.config.task_facts import IMPORT_PATH, allow_task, task_class
+from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.json_documents import RESTORE
 from dist_ft.core.logs import redact
 from dist_ft.storage.filesystem import Store
 
@@ -39,7 +43,9 @@ __all__ = [
     "load_stored_config",
     "load_stored_mapping",
     "load_stored_section",
+    "parse_stored_text",
     "read_stored_config",
+    "read_stored_text",
     "resolved_yaml",
     "to_mapping",
 ]
@@ -135,15 +141,53 @@ def load_storage_overrides(overrides: Sequence[str]) -> StorageSection:
     return load_stored_section(mapping, "storage", StorageSection, "command line")
 
 
+def read_stored_text(store: Store) -> str:
+    """Return the text of a run's stored config.
+
+    Raises:
+        ConfigError: it is not text, or larger than any config.
+        StorageError: it is absent, or not a regular file.
+    """
+    content = store.read_at_most(STORED, yaml_documents.STORED.num_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not a text file (UTF-8). {RESTORE}"], _stored_name(store)) from error
+
+
+def parse_stored_text(text: str, name: str) -> dict[str, Any]:
+    """Return the mapping in the text of a stored config, with the field names of this version.
+
+    Raises:
+        ConfigError: not YAML, or not a mapping.
+    """
+    try:
+        documents, duplicates = yaml_documents.parse_yaml(text, yaml_documents.STORED)
+    except yaml.YAMLError as error:
+        line = yaml_documents.where(error)
+        problem = redact(yaml_documents.reason(error))
+        raise ConfigError([f"{line}not valid YAML: {problem}. {RESTORE}"], name) from error
+
+    if duplicates:
+        raise ConfigError(duplicates, name)
+    if len(documents) != 1 or not isinstance(documents[0], Mapping):
+        raise ConfigError([f"is no mapping of sections, as dist_ft writes it. {RESTORE}"], name)
+    return renames.RUN.migrate(documents[0])
+
+
 def read_stored_config(store: Store) -> dict[str, Any]:
-    """Return a run's stored config as a mapping with the names of this version; {} without one."""
+    """Return a run's stored config as a mapping with the names of this version; {} without one.
+
+    Raises:
+        ConfigError: it is damaged; see `read_stored_text` and `parse_stored_text`.
+    """
     if not store.exists(STORED):
         return {}
+    return parse_stored_text(read_stored_text(store), _stored_name(store))
 
-    stored, _ = parse_yaml(store.read(STORED).decode())
-    if not isinstance(stored, Mapping):
-        return {}
-    return renames.RUN.migrate(stored)
+
+def _stored_name(store: Store) -> str:
+    return store.redacted_url(STORED)
 
 
 def load_stored_config(store: Store) -> RunConfig:
@@ -182,7 +226,5 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def resolved_yaml(config: RunConfig) -> str:
     """Return `config` as YAML, defaults included, in the order of the schema."""
-    import yaml
-
     # Unsorted, as people read it: run, model and data come first, as in their own file.
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=110)

@@ -26,6 +26,10 @@ from dist_ft.core.errors import ConfigError
 # 42 characters, so that run names with "-t999" have at most the 47 of run.name.
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$"
 DEFAULT_TRIALS = 10
+MAX_TRIALS = 10_000
+"""Trials of a search: the config of each is checked before the first starts."""
+MAX_FIELD_DOTS = 8
+"""Dots in the path of a field; the deepest of the schema has three."""
 
 
 class Range(Section):
@@ -45,6 +49,8 @@ class Range(Section):
             raise ValueError("either values, or low and high, are needed")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise ValueError("low must be below high")
+        if not all(math.isfinite(end) for end in (self.low or 0, self.high or 0)):
+            raise ValueError("low and high must be finite numbers")
         if self.log and (self.low is None or self.low <= 0):
             raise ValueError("log needs a low above 0")
         return self
@@ -255,6 +261,19 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
                     f"space.{field}: is a range, and a grid needs values. Allowed: a list. List "
                     "some, or use search=random."
                 )
+
+    for field in section.space:
+        if field.count(".") > MAX_FIELD_DOTS:
+            problems.append(
+                f"space.{field[:40]}...: no field has that many parts. Allowed: section.field. "
+                "Correct it."
+            )
+
+    if section.num_trials > MAX_TRIALS:
+        problems.append(
+            f"search: {section.num_trials:,} trials. Allowed: at most {MAX_TRIALS:,}. Lower "
+            "trials, or list fewer values."
+        )
 
     # The trials are checked only if the file has no problems: a grid with a range has no points.
     search = Search(section, base, overrides)

@@ -68,6 +68,15 @@ class StorageError(DistFtError):
     retryable = True
 
 
+class DocumentError(DistFtError, ValueError):
+    """A JSON or YAML file that is torn, too large, nested too deeply or of another form.
+
+    It is a ValueError too: readers that take a damaged file for an absent one catch those.
+    """
+
+    exit_code = 2
+
+
 class CheckpointError(DistFtError):
     """A checkpoint that is incomplete, altered, of another model, or that must not be written."""
 

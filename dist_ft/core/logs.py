@@ -13,6 +13,8 @@ import sys
 import warnings
 from urllib.parse import quote
 
+from dist_ft.core.printable import printable
+
 SECRET_NAME = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
     re.IGNORECASE,
@@ -64,10 +66,11 @@ def redact(text: str) -> str:
 
 
 class _RedactingFormatter(logging.Formatter):
-    """Formats a record, then removes credentials from the finished line."""
+    """Formats a record, then removes credentials and control characters from the line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        # Escaped last: a credential is recognized in the text as it was.
+        return printable(redact(super().format(record)))
 
 
 def setup_logging(

@@ -7,7 +7,6 @@ elements in the safetensors files.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from dist_ft.core.errors import ModelError
 from dist_ft.engine.base import StateSlice
+from dist_ft.storage.documents import read_local_json_object
 
 MAX_COMPARED = 256
 """Elements compared per slice: enough to distinguish weights from noise, and fast for any model."""
@@ -28,7 +28,7 @@ def files_by_tensor(folder: str) -> dict[str, Path]:
 
     index = Path(folder) / "model.safetensors.index.json"
     if index.exists():
-        file_names = json.loads(index.read_text("utf-8"))["weight_map"]
+        file_names = read_local_json_object(index)["weight_map"]
         return {name: Path(folder) / file_name for name, file_name in file_names.items()}
 
     files: dict[str, Path] = {}

@@ -194,7 +194,7 @@ class EntityGenerator:
         """Return the rows of `sources`, at most the first evaluation.max_samples."""
         config, task = self.run.config, make_task(self.run.task)
         samples: list[Sample] = []
-        located_rows = _iterate_rows(sources)
+        located_rows = _iterate_rows(sources, config.data.max_row_bytes)
         for location, row in islice(located_rows, config.evaluation.max_samples or None):
             # A row that cannot be decoded is an error like one that lacks a column.
             try:
@@ -236,11 +236,14 @@ class EntityGenerator:
         return tuple(templates)
 
 
-def _iterate_rows(sources: Sequence[Source]) -> Iterator[tuple[RowLocation, Row | DataError]]:
+def _iterate_rows(
+    sources: Sequence[Source], max_row_bytes: int
+) -> Iterator[tuple[RowLocation, Row | DataError]]:
     """Yield each row of `sources` with its location; rows that cannot be decoded as errors."""
     for shards in discover_shards(list(sources), "evaluation.data"):
         for shard in shards:
-            for row_number, row in enumerate(readers.iter_rows(shard), 1):
+            rows = readers.iter_rows(shard, max_row_bytes=max_row_bytes)
+            for row_number, row in enumerate(rows, 1):
                 yield RowLocation(shard.url, row_number), row
 
 

@@ -18,6 +18,7 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.load import load_task_model, load_tokenizer
+from dist_ft.storage.documents import read_local_json_object
 
 log = logging.getLogger("dist_ft.predict")
 TASK_BY_CLASS_SUFFIX = {
@@ -103,7 +104,7 @@ def load_folder(path: str, device: str) -> LoadedModel:
     info_file = Path(folder) / export.INFO_FILE
     info: FolderInfo = {}
     if info_file.exists():
-        info = json.loads(info_file.read_text("utf-8"))
+        info = cast(FolderInfo, read_local_json_object(info_file))
 
     prompting = load_stored_section(
         cast("dict[str, Any]", info), "prompting", PromptingSection, str(info_file)

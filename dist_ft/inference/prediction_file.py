@@ -5,16 +5,17 @@ The same command resumes a partial file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import encode_json
 from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Row
 from dist_ft.inference.predict import Predictor
+from dist_ft.storage.local_files import read_regular
 
 VERSION_SUFFIX = ".model"
 """Suffix of the file next to the rows with the version of the model that predicted them."""
@@ -51,7 +52,7 @@ def predict_file(
     # Before the first row, because rows without a version could not be resumed.
     version_file.write_text(predictor.version, "utf-8")
 
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "ab") as file:
         chunk: list[Row] = []
         number = 0  # of the row, from 1
         for row in rows:
@@ -89,7 +90,7 @@ def _write(predictor: Predictor, rows: list[Row], start: int, file: Any) -> None
 
     for row, prediction in zip(rows, predictions, strict=True):
         line = {**row, "prediction": prediction}
-        file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        file.write(encode_json(line) + b"\n")
 
     # So that a killed command loses at most one chunk.
     file.flush()
@@ -105,7 +106,7 @@ def _trim_to_whole_lines(path: Path) -> int:
         return 0
 
     # A command that was killed while writing leaves a part of a line; its row is predicted again.
-    content = path.read_bytes()
+    content = read_regular(path)
     end = content.rfind(b"\n") + 1
     if end < len(content):
         os.truncate(path, end)

@@ -21,6 +21,7 @@ from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard
 from dist_ft.data.tools.write import encode_jsonl, encode_parquet
 from dist_ft.inference.predict import Predictor
+from dist_ft.storage.documents import read_json
 from dist_ft.storage.filesystem import Store
 
 PART_BYTES = 2 * 2**20
@@ -99,7 +100,7 @@ def missing_tasks(store: Store, tasks: Sequence[ShardTask], version: str) -> lis
     # A folder without the file was not written by this command: another's shards are not mixed in.
     existing = set(store.list())
     if INFO_FILE in existing:
-        if json.loads(store.read(INFO_FILE)) != info:
+        if read_json(store, INFO_FILE) != info:
             raise DataError(
                 f"--out={store.redacted_url()}: holds predictions of another model, of other rows "
                 "or in another format. Only the folder of the same command can be resumed. Name "

@@ -6,16 +6,17 @@ rows are written into a temporary folder and scored like any other data.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.core.errors import ConfigError, DataError
+from dist_ft.core.json_documents import encode_json
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, discover_shards
 from dist_ft.data.tools import perturb
@@ -194,7 +195,8 @@ def _rows(
         limit = config.evaluation.max_samples
 
     shards = chain.from_iterable(discover_shards(list(sources), field))
-    rows = chain.from_iterable(map(readers.iter_rows, shards))
+    iter_rows = partial(readers.iter_rows, max_row_bytes=config.data.max_row_bytes)
+    rows = chain.from_iterable(map(iter_rows, shards))
     for row in islice(rows, limit or None):
         if not isinstance(row, DataError):
             yield row
@@ -213,6 +215,5 @@ def _write_source(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source,
     path = folder / f"{name}.jsonl"
 
     # Rows of Parquet files may hold values that JSON lacks, such as dates: these become text.
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    path.write_text("".join(lines), "utf-8")
+    path.write_bytes(b"".join(encode_json(row) + b"\n" for row in rows))
     return (Source(path=str(path)),)

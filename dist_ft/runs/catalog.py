@@ -6,7 +6,7 @@ the latest intact checkpoint.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from dist_ft.checkpoint.retention import (
 )
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.core.errors import CheckpointError, DataError
+from dist_ft.core.errors import CheckpointError, DataError, DocumentError, StorageError
 from dist_ft.core.world import World
 from dist_ft.runs import time_accounting
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
 
@@ -128,13 +129,11 @@ def attempts(store: Store) -> list[str]:
     for name in names:
         # The watchdog writes the stacks of hung workers into the same folder.
         number = name.removesuffix(".json")
-        if not (name.endswith(".json") and number.isdigit()):
+        is_number = number.isascii() and number.isdigit()
+        if not (name.endswith(".json") and is_number):
             continue
 
-        note = json.loads(store.read(f"{discovery.ATTEMPTS}/{name}"))
-        line = f"{int(number)}: {note.get('started_at', '?')}, world {note.get('world_size', '?')}"
-        if note.get("after"):
-            line += f"; after {note['after']}"
+        line = f"{int(number)}: {_describe_attempt(store, name)}"
 
         stacks = [other for other in names if other.startswith(f"{number}-rank-")]
         if stacks:
@@ -142,6 +141,19 @@ def attempts(store: Store) -> list[str]:
         lines.append(line)
 
     return lines
+
+
+def _describe_attempt(store: Store, name: str) -> str:
+    # One damaged record must not hide the other attempts.
+    try:
+        note = read_json_object(store, f"{discovery.ATTEMPTS}/{name}")
+    except (DocumentError, StorageError) as error:
+        return str(error)
+
+    line = f"{note.get('started_at', '?')}, world {note.get('world_size', '?')}"
+    if note.get("after"):
+        line += f"; after {note['after']}"
+    return line
 
 
 def describe_all(url: str) -> str:
@@ -250,7 +262,7 @@ def diff(url: str, step: int, other_step: int) -> str:
 
     changes = []
     for name, info in first.tensors.items():
-        numel = int(np.prod(info.shape))
+        numel = math.prod(info.shape)
         key = "param" if (name, "param") in first_reader.keys() else "frozen"  # noqa: SIM118
 
         # (numel,) in float64: a float32 sum of millions of squares loses the small ones.

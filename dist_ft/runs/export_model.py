@@ -27,6 +27,7 @@ from dist_ft.model.loading.load import probe_outputs
 from dist_ft.runs import model_card, stored_run
 from dist_ft.runs.model_card import BeforeAfter
 from dist_ft.storage import filesystem
+from dist_ft.storage.documents import read_local_json_object
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.run")
@@ -97,7 +98,7 @@ def _quantize(store: Store, folder: Path, named: Sequence[str]) -> dict[str, Bef
     int8.quantize_int8(folder, quantized, trained_model.load_task(store))
     changes = compare(folder, quantized, _config_to_score_by(store, named))
 
-    about = json.loads((quantized / export.INFO_FILE).read_text("utf-8"))
+    about = read_local_json_object(quantized / export.INFO_FILE)
     about["int8"] = changes
     (quantized / export.INFO_FILE).write_text(json.dumps(about, indent=1), "utf-8")
 

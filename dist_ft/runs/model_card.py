@@ -6,7 +6,6 @@ what was not measured. It contains no credential, and only the last part of loca
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ from dist_ft.checkpoint.export import INFO_FILE
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.task_facts import TASKS, task_class
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import markdown_block, markdown_text
 from dist_ft.runs.run_facts import facts, stored_config
+from dist_ft.storage.documents import read_local_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.metrics_log import read_metrics
 
@@ -59,17 +60,17 @@ def render(
         int8: what int8 weights changed, by measure.
     """
     config = stored_config(store)
-    about = json.loads((folder / INFO_FILE).read_text("utf-8"))
-    model_config = json.loads((folder / "config.json").read_text("utf-8"))
+    about = read_local_json_object(folder / INFO_FILE)
+    model_config = read_local_json_object(folder / "config.json")
     task = about["task"]["name"]
 
     run_facts = _facts(store, manifest, model_config)
     lines = [
         _front_matter(config, task, int8 is not None),
-        f"# {config['run']['name']}",
+        f"# {markdown_text(str(config['run']['name']))}",
         "",
-        f"{run_facts['base model']}, fine-tuned for {task.replace('_', ' ')} with dist_ft. "
-        "Written by `dist-ft export` from the facts of the run.",
+        f"{_cell(run_facts['base model'])}, fine-tuned for {_cell(task.replace('_', ' '))} with "
+        "dist_ft. Written by `dist-ft export` from the facts of the run.",
         "",
         "## Training",
         "",
@@ -85,7 +86,8 @@ def render(
     lines += ["## Limits", "", *_limits(about, task), ""]
 
     public_config = {name: config[name] for name in config if name not in HIDDEN_SECTIONS}
-    lines += ["## Config", "", "```yaml", _yaml(_without_paths(public_config)), "```", ""]
+    config_text = _yaml(_without_paths(public_config))
+    lines += ["## Config", "", *markdown_block(config_text, "yaml"), ""]
 
     # Once more over the finished text: a card is published, and its parts come from several files.
     return redact("\n".join(lines))
@@ -200,7 +202,7 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]
 
 def _cell(text: str) -> str:
     # Labels and paths come from users: a bar would start another column, "<" would start HTML.
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    return markdown_text(str(text))
 
 
 def _without_local_path(text: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from dist_ft.core.printable import markdown_block, markdown_code, markdown_text, printable
 from dist_ft.runs.report import EvaluationTables, Report
 
 MAX_POINTS = 600
@@ -103,12 +104,12 @@ def metric_changes(evaluations: Sequence[Mapping[str, float]]) -> list[MetricCha
 def to_markdown(report: Report) -> str:
     """Return the report as Markdown, without curves."""
     about = [
-        report["task"].replace("_", " "),
-        report["model"],
+        markdown_text(report["task"].replace("_", " ")),
+        markdown_text(report["model"]),
         f"{report['steps']} steps",
-        f"`{report['storage']}`",
+        markdown_code(report["storage"]),
     ]
-    lines = [f"# {report['name']}", "", ", ".join(about), ""]
+    lines = [f"# {markdown_text(report['name'])}", "", ", ".join(about), ""]
     lines += _metrics_markdown(report)
     lines += _tables_markdown(report)
     lines += _examples_markdown(report)
@@ -116,8 +117,8 @@ def to_markdown(report: Report) -> str:
     lines += ["## Facts", ""]
     lines += [f"- {name}: {_cell(value)}" for name, value in report["facts"].items()]
     lines += ["", "## Attempts and time", ""]
-    lines += [f"- {line}" for line in [*report["attempts"], *report["time"]]]
-    lines += ["", "## Config", "", "```yaml", report["config"].rstrip(), "```", ""]
+    lines += [f"- {markdown_text(line)}" for line in [*report["attempts"], *report["time"]]]
+    lines += ["", "## Config", "", *markdown_block(report["config"], "yaml"), ""]
     return "\n".join(lines)
 
 
@@ -127,16 +128,15 @@ def _metrics_markdown(report: Report) -> list[str]:
     if changes:
         lines += ["## Held-out data", "", "| metric | first | last |", "| --- | ---: | ---: |"]
         for metric, first, last in changes:
-            lines.append(f"| {metric.replace('_', ' ')} | {_number(first)} | {_number(last)} |")
+            name = _cell(metric.replace("_", " "))
+            lines.append(f"| {name} | {_number(first)} | {_number(last)} |")
         lines.append("")
 
     best_evaluation = report["best"]
     if best_evaluation:
-        lines += [
-            f"Best by {best_evaluation['metric']}: {_number(best_evaluation['value'])} at step "
-            f"{best_evaluation['step']}.",
-            "",
-        ]
+        metric = _cell(best_evaluation["metric"])
+        value = _number(best_evaluation["value"])
+        lines += [f"Best by {metric}: {value} at step {best_evaluation['step']}.", ""]
 
     return lines
 
@@ -149,7 +149,7 @@ def _tables_markdown(report: Report) -> list[str]:
         lines += [
             f"## {title}",
             "",
-            f"| | {' | '.join(table.columns)} |",
+            f"| | {' | '.join(map(_cell, table.columns))} |",
             f"| --- |{' ---: |' * len(table.columns)}",
         ]
         for label, values in table.rows:
@@ -186,14 +186,7 @@ def _examples_markdown(report: Report) -> list[str]:
 
 def _cell(text: str) -> str:
     """Return a text as a cell of a Markdown table: one line of limited length."""
-    line = " ".join(text.split())
-
-    # Backslashes first: a bar is escaped by one, which must not be doubled afterwards.
-    line = line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-    if len(line) <= MAX_CELL_CHARS:
-        return line
-    return line[:MAX_CELL_CHARS] + " ..."
+    return markdown_text(text, MAX_CELL_CHARS)
 
 
 def to_html(report: Report) -> str:
@@ -212,7 +205,7 @@ def to_html(report: Report) -> str:
     # The template shows the pairs where it gets no labels of a matrix.
     matrix_labels = labels if len(labels) <= MAX_MATRIX_LABELS else []
 
-    return environment.from_string(source).render(
+    page = environment.from_string(source).render(
         report=report,
         shaded=shaded,
         curves=_curves(report),
@@ -223,6 +216,8 @@ def to_html(report: Report) -> str:
         matrix=tables.get("confusion", []),
         pairs=pairs,
     )
+    # The page's own characters are printable; those of texts may reverse the order of others.
+    return printable(page)
 
 
 def shade_tokens(tokens: Sequence[tuple[str, float]]) -> list[ShadedToken]:

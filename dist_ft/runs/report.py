@@ -6,13 +6,14 @@ Reads what lies in the run's storage, whoever wrote it. Needs no model and no GP
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.checkpoint import discovery
-from dist_ft.config import renames
-from dist_ft.config.load import STORED
+from dist_ft.config.load import STORED, parse_stored_text, read_stored_text
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
@@ -20,6 +21,10 @@ from dist_ft.runs.run_facts import facts
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.evaluation import FOLDER, read_evaluation
 from dist_ft.training.metrics_log import read_metrics
+
+MAX_NUMBER = 1e300
+"""Larger numbers, which no run writes, are left out: sums and plots of them would overflow."""
+_EVALUATION = re.compile(r"step-[0-9]{9,18}\.json")
 
 
 class BestEvaluation(TypedDict):
@@ -89,10 +94,11 @@ class Report(TypedDict):
 
 
 class Evaluation(NamedTuple):
-    """The stored details of an evaluation that has more than numbers, and its step."""
+    """Tables and errors of an evaluation that has more than numbers, and its step."""
 
     step: int | None
-    details: dict[str, Any]
+    tables: EvaluationTables
+    examples: list[dict[str, Any]]
 
 
 def gather(url: str) -> Report:
@@ -101,32 +107,36 @@ def gather(url: str) -> Report:
     Raises:
         DataError: the folder holds no run, or the run has made no step yet.
     """
-    import yaml
-
     store = catalog.open_run(url)
     lines = read_metrics(store)
     if not lines:
         raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
     # Redacted before it is parsed: the text itself is shown, and so are values of the mapping.
-    text = redact(store.read(STORED).decode())
-    config = renames.RUN.migrate(yaml.safe_load(text))
-    train = [_numbers(line) for line in lines if line["kind"] == "train"]
-    evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
+    text = redact(read_stored_text(store))
+    config = parse_stored_text(text, store.redacted_url(STORED))
+    train = [_numbers(line) for line in lines if line.get("kind") == "train"]
+    evaluations = [_numbers(line) for line in lines if line.get("kind") == "evaluation"]
     latest = _latest_evaluation(store)
 
+    with interpreting(store.redacted_url(STORED)):
+        name = str(config["run"]["name"])
+        model = str(config["model"]["path"])
+        task = str((config.get("task") or {}).get("name", "causal_lm"))
+        best_evaluation = _best(config, evaluations)
+
     return {
-        "name": config["run"]["name"],
+        "name": name,
         "storage": store.redacted_url(),
         "config": text,
-        "task": (config.get("task") or {}).get("name", "causal_lm"),
-        "model": redact(str(config["model"]["path"])),
+        "task": task,
+        "model": redact(model),
         "steps": int(train[-1]["step"]) if train else 0,
         "train": train,
         "evaluations": evaluations,
-        "best": _best(config, evaluations),
-        "tables": _tables(latest.details),
-        "examples": latest.details.get("examples", []),
+        "best": best_evaluation,
+        "tables": latest.tables,
+        "examples": latest.examples,
         "examples_step": latest.step,
         "attributions": None,
         "facts": facts(store),
@@ -138,7 +148,12 @@ def gather(url: str) -> Report:
 
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     # NaN and infinity are null in the file, and are left out of curves and tables.
-    return {name: value for name, value in line.items() if isinstance(value, int | float)}
+    return {name: value for name, value in line.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    # Python reads numbers that no float can hold, and NaN, which is no JSON.
+    return isinstance(value, int | float) and abs(value) <= MAX_NUMBER
 
 
 def _best(
@@ -156,27 +171,56 @@ def _best(
 
 
 def _latest_evaluation(store: Store) -> Evaluation:
-    names = store.list(FOLDER)
+    names = [name for name in store.list(FOLDER) if _EVALUATION.fullmatch(name)]
     if not names:
-        return Evaluation(None, {})
+        return Evaluation(None, {}, [])
 
     # Steps are padded with zeros, so the last name is that of the latest step.
     latest = max(names)
     step = int(latest.removeprefix("step-").removesuffix(".json"))
-    return Evaluation(step, read_evaluation(store, step))
+    details = read_evaluation(store, step)
+
+    with interpreting(store.redacted_url(f"{FOLDER}/{latest}")):
+        return Evaluation(step, _tables(details), _examples(details))
 
 
 def _tables(details: Mapping[str, Any]) -> EvaluationTables:
-    """Return the tables of an evaluation: metrics by label, and the confusion matrix."""
+    """Return the tables of an evaluation: metrics by label, and the confusion matrix.
+
+    Errors that `interpreting` reports are raised for another form: the file may be damaged.
+    """
     tables: EvaluationTables = {}
     if details.get("by_label"):
-        tables["by_label"] = details["by_label"]
+        tables["by_label"] = _table(details["by_label"])
     if details.get("by_tag"):
-        tables["by_tag"] = details["by_tag"]
+        tables["by_tag"] = _table(details["by_tag"])
 
     # The rows and columns of the matrix are in the order of the labels in by_label.
     if "confusion" in details:
-        tables["labels"] = list(details["by_label"])
-        tables["confusion"] = details["confusion"]
+        labels = list(details["by_label"])
+        matrix = [[int(count) for count in row] for row in details["confusion"]]
+        if any(len(row) != len(labels) for row in [labels, *matrix]) or len(matrix) != len(labels):
+            raise ValueError(f"confusion is no {len(labels)} by {len(labels)} matrix")
+        tables["labels"] = labels
+        tables["confusion"] = matrix
 
     return tables
+
+
+def _table(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return a table of numbers, without values that are none."""
+    return {label: _numbers(row) for label, row in values.items()}
+
+
+def _examples(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the stored errors, with texts and numbers as what they are shown as."""
+    examples = []
+    for stored in details.get("examples") or ():
+        example = dict(stored)
+        for field in ("text", "expected", "predicted"):
+            example[field] = str(example[field])
+
+        example["sample"] = int(example["sample"])
+        example["score"] = float(example["score"])
+        examples.append(example)
+    return examples

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_ft.checkpoint import discovery
-from dist_ft.config import renames
-from dist_ft.config.load import STORED
+from dist_ft.config.load import STORED, parse_stored_text, read_stored_text
 from dist_ft.core.errors import DistFtError
+from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.data.blocks import index_file as indices
 from dist_ft.runtime.bootstrap.build_data import FOLDER
@@ -26,15 +26,17 @@ def stored_config(store: Store) -> dict[str, Any]:
     """Return the resolved config of a run as a mapping, without credentials."""
     # The plain mapping rather than a RunConfig: a report must also work for a run that another
     # version stored, whose fields this version may not know.
-    import yaml
-
-    return renames.RUN.migrate(yaml.safe_load(redact(store.read(STORED).decode())))
+    return parse_stored_text(redact(read_stored_text(store)), store.redacted_url(STORED))
 
 
 def facts(store: Store) -> dict[str, str]:
     """Return {title: value} of a run, in the order of a report."""
-    config = stored_config(store)
+    with interpreting(store.redacted_url(STORED)):
+        configured = _configured(store, stored_config(store))
+    return {**configured, **_latest_checkpoint(store)}
 
+
+def _configured(store: Store, config: Mapping[str, Any]) -> dict[str, str]:
     # A config that an older version stored may lack whole sections, or have them empty.
     model = config["model"]
     task = config.get("task") or {}
@@ -47,10 +49,10 @@ def facts(store: Store) -> dict[str, str]:
         base_model += f", revision {model['revision']}"
 
     optimizer = _describe_optimizer(config.get("optimizer") or {}, config.get("schedule") or {})
-    configured = {
-        "task": task.get("name", "causal_lm").replace("_", " "),
+    return {
+        "task": str(task.get("name", "causal_lm")).replace("_", " "),
         "base model": base_model,
-        "tuning method": tuning.get("method", "full"),
+        "tuning method": str(tuning.get("method", "full")),
         "training data": _describe_data(store, config["data"].get("train"), "data.train"),
         "held-out data": _describe_data(store, evaluation.get("data"), "evaluation.data"),
         "global batch": f"{batch.get('global_batch')} samples or sequences of at most "
@@ -58,7 +60,6 @@ def facts(store: Store) -> dict[str, str]:
         "optimizer": optimizer,
         "seed": str(config["run"].get("seed", 0)),
     }
-    return {**configured, **_latest_checkpoint(store)}
 
 
 def _describe_data(store: Store, sources: Any, field: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 from dist_ft.core.errors import StorageError
 from dist_ft.planning import goodput
 from dist_ft.planning.goodput import AttemptTime
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
 from dist_ft.training.console import format_duration
+
+MAX_SECONDS = 1e12
+"""Seconds that a part of a run may have taken; a larger number, or NaN, is damage."""
 
 
 class AttemptTimes(NamedTuple):
@@ -31,17 +34,17 @@ def read_attempt_times(store: Store) -> AttemptTimes:
     for name in store.list(time_ledger.FOLDER):
         path = f"{time_ledger.FOLDER}/{name}"
         try:
-            note = json.loads(store.read(path))
+            note = read_json_object(store, path)
 
             # "begun_at" is the name in the stored format, which attempts of 0.1.0 share.
             attempt = AttemptTime(
                 int(note["attempt"]),
                 datetime.fromisoformat(note["begun_at"]).timestamp(),
-                note["resumed_at"],
-                dict(note["seconds"]),
-                tuple((int(step), dict(seconds)) for step, seconds in note["marks"]),
+                _count(note["resumed_at"]),
+                _seconds(note["seconds"]),
+                tuple((int(step), _seconds(seconds)) for step, seconds in note["marks"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             # One bad file must not hide the time of all other attempts.
             unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
             continue
@@ -49,6 +52,24 @@ def read_attempt_times(store: Store) -> AttemptTimes:
         attempts.append(attempt)
 
     return AttemptTimes(attempts, unreadable)
+
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, StorageError)
+"""What reading a file of another form raises."""
+
+
+def _count(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _seconds(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return seconds by part; raises ValueError for what no clock measures."""
+    seconds = {}
+    for part, value in values.items():
+        seconds[part] = float(value)
+        if not abs(seconds[part]) < MAX_SECONDS:
+            raise ValueError(f"{part} took {value} s")
+    return seconds
 
 
 class StoredTime(TypedDict, total=False):
@@ -68,11 +89,8 @@ def read_stored_time(store: Store, name: str) -> StoredTime:
     # Called while the run may be writing: a store without atomic writes can show half a file, and
     # the next poll reads it again.
     try:
-        note = json.loads(store.read(f"{time_ledger.FOLDER}/{name}"))
+        note = read_json_object(store, f"{time_ledger.FOLDER}/{name}")
     except (ValueError, StorageError):
-        return {}
-
-    if not isinstance(note, dict):
         return {}
     return cast(StoredTime, note)
 

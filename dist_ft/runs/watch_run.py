@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dist_ft.core.json_documents import interpreting
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.time_accounting import StoredTime
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
-from dist_ft.training.metrics_log import read_metrics
+from dist_ft.training.metrics_log import FILE, read_metrics
 
 SILENT_S = 180.0
 """A run that wrote nothing for this long is gone, or cannot write."""
@@ -60,7 +61,9 @@ def watch(
             report_line(f"-- resumed from a checkpoint; metrics end at step {step} --")
             num_shown = min(num_shown, len(lines))
 
-        for text in metric_lines(lines[num_shown:]):
+        with interpreting(store.redacted_url(FILE)):
+            texts = list(metric_lines(lines[num_shown:]))
+        for text in texts:
             report_line(text)
         num_shown = len(lines)
         last_shown = lines[-1] if lines else None

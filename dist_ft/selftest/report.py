@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from dist_ft.core.printable import markdown_text, printable
 from dist_ft.runtime.machine import NodeDescription
 from dist_ft.selftest.selftest import Report
 
@@ -35,7 +36,7 @@ def _lines(report: Report) -> Iterator[str]:
     for name, tail in report.log_tails.items():
         yield from ("", f"## Last lines of {name}", "", "```")
         # a fence in the output would end the block, and the rest would be read as Markdown
-        yield from (line.replace("```", "'''") for line in tail)
+        yield from (printable(line).replace("```", "'''") for line in tail)
         yield "```"
 
 
@@ -99,6 +100,6 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
     yield f"| {' | '.join(headers)} |"
     yield f"|{' --- |' * len(headers)}"
     for row in rows:
-        # a bar or a line break in an error would break the table
-        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+        # a bar, a line break or a tag in an error would break the table
+        cells = [markdown_text(cell) for cell in row]
         yield f"| {' | '.join(cells)} |"

@@ -33,6 +33,7 @@ from dist_ft.selftest.drill_scenarios import (
 )
 from dist_ft.selftest.run_command import run_scenario
 from dist_ft.storage import filesystem
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
 from dist_ft.training.metrics_log import read_metrics
@@ -233,7 +234,7 @@ class _Selftest:
         try:
             if not store.exists(NETWORK_FILE):
                 return None
-            network: dict[str, Any] = json.loads(store.read(NETWORK_FILE))
+            network = read_json_object(store, NETWORK_FILE)
         except (ValueError, DistFtError):
             # a missing or broken file is a finding of `check_network`, not the end of the self-test
             return None

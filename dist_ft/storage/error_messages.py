@@ -9,8 +9,16 @@ class NoAnswerError(Exception):
     """A host did not answer within the timeout."""
 
 
+class UnusableFileError(OSError):
+    """A file that is never read: a pipe, socket, device or folder, or one above a size limit.
+
+    The text is what is wrong, such as "is a named pipe, not a regular file".
+    """
+
+
 _FINAL = (
     NoAnswerError,
+    UnusableFileError,
     FileNotFoundError,
     FileExistsError,
     PermissionError,
@@ -67,6 +75,13 @@ def s3_code(error: BaseException) -> str | None:
     return None
 
 
+def is_empty_range(error: BaseException) -> bool:
+    """Whether a store refused a range because it starts after the end of the file."""
+    if s3_code(error) in ("InvalidRange", "416"):
+        return True
+    return getattr(error, "code", getattr(error, "status", None)) in (416, "416")
+
+
 def explain(error: Exception, attempts: int) -> str:
     """Return in one or two sentences what to do about `error` after this number of attempts."""
     # Codes come first: s3fs turns some of them into a PermissionError, whose advice would mislead.
@@ -88,6 +103,8 @@ def explain(error: Exception, attempts: int) -> str:
 
     if isinstance(error, NoAnswerError):
         return "Check the endpoint (storage.options, proxies, firewalls), or try again later."
+    if isinstance(error, UnusableFileError):
+        return "Only regular files up to that size are read. Remove it, or give another path."
     if isinstance(error, FileNotFoundError):
         return "This file or bucket does not exist. Check the URL."
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from threading import Lock
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.storage import http_client, listing, local_files
-from dist_ft.storage.error_messages import explain, s3_code
+from dist_ft.storage.error_messages import explain, is_empty_range, s3_code
+from dist_ft.storage.listing import FileInfo
 from dist_ft.storage.retry import max_attempts, with_retries
 
 # One attempt each: retries of the client would multiply with ours.
@@ -35,31 +36,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _filesystems: dict[tuple[int, str], Any] = {}
 _lock = Lock()
-
-# Fields of fsspec's file info, of which the first that exists is the version of a file.
-_VERSION_FIELDS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "content_md5",
-    "blob_id",
-    "mtime",
-    "LastModified",
-    "last_modified",
-    "created",
-)
-
-
-class FileInfo(TypedDict):
-    """Metadata of a file in a listing.
-
-    Attributes:
-        size: size in bytes.
-        version: changes whenever the content may have changed.
-    """
-
-    size: int
-    version: str
 
 
 class FilesystemPath(NamedTuple):
@@ -141,14 +117,41 @@ class Store:
 
     def redacted_url(self, path: str = "") -> str:
         """Return the full URL of `path` without credentials, for errors and logs."""
-        return redact(self.full_url(path))
+        # Names come from listings, and may hold anything that a file system allows.
+        return printable_line(redact(self.full_url(path)))
 
     def read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes [start, stop) of a file, or all; fewer bytes are an error."""
 
         def fetch(fs: Any, full: str) -> bytes:
             # Checked within the call, so that an incomplete answer is retried.
-            return _require_complete(fs.cat_file(full, start=start, end=stop), start, stop)
+            return _require_complete(self._fetch(fs, full, start, stop), start, stop)
+
+        return self._call("read", path, fetch)
+
+    def _fetch(self, fs: Any, full: str, start: int | None, stop: int | None) -> bytes:
+        """Return the bytes [start, stop) of a file, or as many as it has."""
+        # Not through fsspec: it would wait forever for the writer of a named pipe.
+        if is_local(self.url):
+            return local_files.read_range(full, start, stop)
+        return fs.cat_file(full, start=start, end=stop)
+
+    def read_at_most(self, path: str, max_bytes: int) -> bytes:
+        """Return a whole file; one of more than `max_bytes` is an error, and not read further."""
+
+        def fetch(fs: Any, full: str) -> bytes:
+            if is_local(self.url):
+                return local_files.read_regular(full, max_bytes)
+
+            # One request, as a HEAD request for the size would be a second one.
+            try:
+                content = fs.cat_file(full, start=0, end=max_bytes + 1)
+            except Exception as error:
+                # Stores refuse every range of an empty file.
+                if not is_empty_range(error):
+                    raise
+                content = b""
+            return local_files.require_size(content, max_bytes)
 
         return self._call("read", path, fetch)
 
@@ -218,15 +221,20 @@ class Store:
         return names
 
     def _get(self, path: str, local: str) -> None:
-        self._call("read", path, lambda fs, full: fs.get_file(full, local))
+        def copy(fs: Any, full: str) -> None:
+            if is_local(self.url):
+                local_files.require_regular(full)
+            fs.get_file(full, local)
+
+        self._call("read", path, copy)
 
     def sizes(self, path: str = "") -> dict[str, int]:
         """Return {path relative to the folder: bytes} of all files below a folder; one listing."""
-        return self._call("list", path, _sizes)
+        return self._call("list", path, listing.sizes)
 
     def file_infos(self, path: str = "") -> dict[str, FileInfo]:
         """Return {path relative to the folder: info} of all files below a folder; one listing."""
-        return self._call("list", path, _file_infos)
+        return self._call("list", path, listing.file_infos)
 
     def exists(self, path: str = "") -> bool:
         """Whether a file or folder exists."""
@@ -284,7 +292,8 @@ def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
             cause += f"; S3 code {s3_code(error)}"
 
         advice = explain(error, max_attempts())
-        raise StorageError(redact(f"{url}: cannot {verb} it ({cause}). {advice}")) from error
+        name = printable_line(url)
+        raise StorageError(redact(f"{name}: cannot {verb} it ({cause}). {advice}")) from error
 
 
 def filesystem(url: str) -> FilesystemPath:
@@ -346,7 +355,7 @@ def glob(url: str) -> dict[str, FileInfo]:
             file_url = name
             if not is_local(url):
                 file_url = fs.unstrip_protocol(name)
-            infos[file_url] = _file_info(info)
+            infos[file_url] = listing.file_info(info)
         return infos
 
     return _attempt("list", url, find)
@@ -354,15 +363,7 @@ def glob(url: str) -> dict[str, FileInfo]:
 
 def stat(url: str) -> FileInfo:
     """Return size and version of a file; see `glob`."""
-    return _attempt("read", url, lambda fs, path: _file_info(fs.info(path)))
-
-
-def _file_info(info: Mapping[str, Any]) -> FileInfo:
-    version = next((info[field] for field in _VERSION_FIELDS if info.get(field)), None)
-    # Of one store, some calls give the time as a number and others as a datetime.
-    if isinstance(version, datetime):
-        version = version.timestamp()
-    return {"size": int(info["size"] or 0), "version": str(version)}
+    return _attempt("read", url, lambda fs, path: listing.file_info(fs.info(path)))
 
 
 def arrow_filesystem(url: str) -> FilesystemPath:
@@ -374,25 +375,6 @@ def arrow_filesystem(url: str) -> FilesystemPath:
         # Ray compares filesystems, and fsspec's are equal within one thread only.
         fs = _connect(url)
     return FilesystemPath(PyFileSystem(FSSpecHandler(fs)), path)
-
-
-def _sizes(fs: Any, path: str) -> dict[str, int]:
-    return {name: int(info["size"] or 0) for name, info in _below(fs, path).items()}
-
-
-def _file_infos(fs: Any, path: str) -> dict[str, FileInfo]:
-    return {name: _file_info(info) for name, info in _below(fs, path).items()}
-
-
-def _below(fs: Any, path: str) -> listing.Infos:
-    """Return the files below a folder, by path relative to it."""
-    root = path.rstrip("/") + "/"
-    infos: listing.Infos = {}
-    for name, info in listing.below(fs, path).items():
-        # If `path` is a file, the listing is that file, which is not below anything.
-        if name.startswith(root):
-            infos[name[len(root) :]] = info
-    return infos
 
 
 def _remove(fs: Any, path: str) -> None:

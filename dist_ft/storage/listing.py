@@ -9,11 +9,38 @@ does).
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypedDict
 
 from dist_ft.storage import local_files
+
+# Fields of fsspec's file info, of which the first that exists is the version of a file.
+_VERSION_FIELDS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "blob_id",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "created",
+)
+
+
+class FileInfo(TypedDict):
+    """Metadata of a file in a listing.
+
+    Attributes:
+        size: size in bytes.
+        version: changes whenever the content may have changed.
+    """
+
+    size: int
+    version: str
+
 
 Infos = dict[str, dict[str, Any]]
 """{path within the filesystem: fsspec's info}"""
@@ -158,3 +185,33 @@ def _files(infos: Infos) -> Infos:
 def _visible(paths: Iterable[str]) -> list[str]:
     """Return `paths` without files that are still being written."""
     return [path for path in paths if not posixpath.basename(path).startswith(local_files.HIDDEN)]
+
+
+def file_info(info: Mapping[str, Any]) -> FileInfo:
+    """Return size and version of a file, given fsspec's info."""
+    version = next((info[field] for field in _VERSION_FIELDS if info.get(field)), None)
+    # Of one store, some calls give the time as a number and others as a datetime.
+    if isinstance(version, datetime):
+        version = version.timestamp()
+    return {"size": int(info["size"] or 0), "version": str(version)}
+
+
+def sizes(fs: Any, path: str) -> dict[str, int]:
+    """Return {path relative to the folder: bytes} of the files below a folder."""
+    return {name: int(info["size"] or 0) for name, info in _relative(fs, path).items()}
+
+
+def file_infos(fs: Any, path: str) -> dict[str, FileInfo]:
+    """Return {path relative to the folder: info} of the files below a folder."""
+    return {name: file_info(info) for name, info in _relative(fs, path).items()}
+
+
+def _relative(fs: Any, path: str) -> Infos:
+    """Return the files below a folder, by path relative to it."""
+    root = path.rstrip("/") + "/"
+    infos: Infos = {}
+    for name, info in below(fs, path).items():
+        # If `path` is a file, the listing is that file, which is not below anything.
+        if name.startswith(root):
+            infos[name[len(root) :]] = info
+    return infos

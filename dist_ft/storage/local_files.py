@@ -1,17 +1,29 @@
-"""Files on a disk of this machine: written atomically, and synced to disk when the call returns."""
+"""Files on a disk of this machine.
+
+Written atomically, and synced to disk when the call returns. Only regular files are read: opening a
+named pipe would wait for a writer forever, and a device may have no end.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 from uuid import uuid4
 
 from dist_ft.core import fault_injection
+from dist_ft.storage.error_messages import UnusableFileError
 
 HIDDEN = ".tmp-"
 """Prefix of files that are being written."""
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -20,14 +32,113 @@ def write_file(path: str, content: bytes | memoryview | Sequence[memoryview]) ->
     _write_then(os.replace, path, content)
 
 
+def require_regular(path: str) -> None:
+    """Raise UnusableFileError if `path` is a pipe, socket or device; OSError if it is absent."""
+    _require_regular(os.stat(path).st_mode)
+
+
+def _require_regular(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+
+    for is_kind, name in _KINDS:
+        if is_kind(mode):
+            raise UnusableFileError(f"is {name}, not a regular file")
+
+
+def require_regular_files(folder: str) -> None:
+    """Raise UnusableFileError if a folder, such as that of a model, holds a pipe or a device.
+
+    For folders that a library reads, which would wait for it forever.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(parent, name)
+            try:
+                require_regular(path)
+            except UnusableFileError as error:
+                raise UnusableFileError(f"{os.path.relpath(path, folder)} {error}") from error
+            except OSError:
+                continue  # a broken link: the library names it if it needs it
+
+
+def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it is absent, a folder, or (UnusableFileError) a pipe, socket or device.
+    """
+    # Without waiting for the writer of a pipe. The check is on what was opened: a check before
+    # could see another file than the call after it.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        # A socket cannot be opened at all.
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):
+            raise UnusableFileError("is a socket or device, not a regular file") from error
+        raise
+
+    try:
+        _require_regular(os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb", buffering)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike[str], max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: see `open_regular`; UnusableFileError also for a file of more than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        if max_bytes is not None:
+            # Before it is read; files of /proc report no size, and are checked afterwards.
+            _require_size(_size(file), max_bytes)
+        content = file.read()
+
+    if max_bytes is not None:
+        _require_size(len(content), max_bytes)
+    return content
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _require_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise UnusableFileError(f"is larger than {max_bytes / 2**20:g} MiB")
+
+
+def require_size(content: bytes, max_bytes: int) -> bytes:
+    """Return `content`; raises UnusableFileError if it is larger than `max_bytes`."""
+    _require_size(len(content), max_bytes)
+    return content
+
+
+def read_range(path: str, start: int | None, stop: int | None) -> bytes:
+    """Return the bytes [start, stop) of a regular file, or as many as it has."""
+    with open_regular(path) as file:
+        start = start or 0
+        file.seek(start)
+        if stop is None:
+            return file.read()
+
+        # Not more than there is: a damaged manifest may name any number, and memory for all of it
+        # would be allocated first.
+        return file.read(max(0, min(stop, _size(file)) - start))
+
+
 def read_into(path: str, start: int, memory: memoryview) -> memoryview:
     """Fill `memory` with the bytes of a file from `start` on; return the part that was filled."""
     # Unbuffered, since a buffer would copy every byte once more. One call may read less than fits
     # (Linux: at most 2 GiB), so read until nothing comes.
     num_read = 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         file.seek(start)
-        while num_read < len(memory) and (count := file.readinto(memory[num_read:])):
+        while num_read < len(memory) and (count := file.readinto(memory[num_read:])):  # type: ignore[attr-defined]
             num_read += count
     return memory[:num_read]
 

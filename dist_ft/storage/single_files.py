@@ -24,10 +24,16 @@ def locate_file(path: str) -> FileLocation:
     return FileLocation(Store(folder), name)
 
 
-def read_file(path: str) -> bytes:
-    """Return the content of a file; raises FileNotFoundError or StorageError."""
+def read_file(path: str, max_bytes: int | None = None) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        StorageError: it cannot be read, is not a regular file, or has more than `max_bytes`.
+    """
     store, name = locate_file(path)
-    return store.read(name)
+    if max_bytes is None:
+        return store.read(name)
+    return store.read_at_most(name, max_bytes)
 
 
 def write_file(path: str, content: bytes) -> None:

@@ -1,4 +1,7 @@
-"""Terminal output of a run: tables at the start and the end, and one progress line per step."""
+"""Terminal output of a run: tables at the start and the end, and one progress line per step.
+
+Control characters in what is printed are escaped: names, labels and generated text come from data.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import sys
 from collections.abc import Sequence
 from typing import TextIO
+
+from dist_ft.core.printable import printable, printable_line
 
 
 class Console:
@@ -24,7 +29,7 @@ class Console:
         """Print `text` on lines of its own."""
         # The progress line stays above the text, as the last state before it.
         self.close()
-        self._write(f"{text}\n")
+        self._write(f"{printable(text)}\n")
 
     def close(self) -> None:
         """End the progress line, if one is shown, so that other output starts on a new line."""
@@ -39,7 +44,7 @@ class Console:
             return
 
         # Back to the start of the line, and erase it: the new text may be shorter.
-        self._write(f"\r\x1b[2K{text}")
+        self._write(f"\r\x1b[2K{printable_line(text)}")
         self._progress_shown = True
 
     def _write(self, text: str) -> None:
@@ -74,17 +79,26 @@ def format_table(
     from rich import box
     from rich.console import Console as RichConsole
     from rich.table import Table
+    from rich.text import Text
+
+    # As `Text`: rich takes a plain string for markup, and a label such as [/] for an error in it.
+    def cell(text: str) -> Text:
+        return Text(printable(str(text)))
 
     rich_table = Table(
-        title=title, title_justify="left", box=box.SIMPLE, show_header=any(headers), pad_edge=False
+        title=cell(title),
+        title_justify="left",
+        box=box.SIMPLE,
+        show_header=any(headers),
+        pad_edge=False,
     )
     # The first column names the row, and stays on one line; long values in the others are wrapped.
-    rich_table.add_column(headers[0], style="bold", no_wrap=True)
+    rich_table.add_column(cell(headers[0]), style="bold", no_wrap=True)
     for header in headers[1:]:
-        rich_table.add_column(header, overflow="fold")
+        rich_table.add_column(cell(header), overflow="fold")
 
     for row in rows:
-        rich_table.add_row(*row)
+        rich_table.add_row(*map(cell, row))
 
     # A fixed width, so that a log file has the same table as any terminal.
     stream = io.StringIO()

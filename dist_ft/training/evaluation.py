@@ -5,17 +5,18 @@ Dimensions: B rows of a batch; the other dimensions of a row's output are those 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ft.config.sections.task import TaskSection
+from dist_ft.core.json_documents import encode_json, interpreting
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine, pad_to_equal_lanes
 from dist_ft.metrics.task_scores import LabelTable
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import make_task
 from dist_ft.training.error_examples import ErrorExample
@@ -146,7 +147,7 @@ def store_evaluation(store: Store, step: int, evaluation: Evaluation) -> None:
     if document.keys() != evaluation.metrics.keys():
         store.write(
             f"{FOLDER}/step-{step:09d}.json",
-            json.dumps(document, indent=1, ensure_ascii=False).encode(),
+            encode_json(document, indent=1),
         )
 
 
@@ -159,13 +160,14 @@ def read_evaluation(store: Store, step: int) -> dict[str, Any]:
     if not store.exists(path):
         return {}
 
-    document: dict[str, Any] = json.loads(store.read(path))
+    document = read_json_object(store, path)
     if "texts" in document:
         document["generations"] = document.pop("texts")
 
-    for example in document.get("examples", ()):
-        for old, new in (("wanted", "expected"), ("told", "predicted")):
-            if old in example:
-                example[new] = example.pop(old)
+    with interpreting(store.redacted_url(path)):
+        for example in document.get("examples") or ():
+            for old, new in (("wanted", "expected"), ("told", "predicted")):
+                if old in example:
+                    example[new] = example.pop(old)
 
     return document

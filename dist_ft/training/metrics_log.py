@@ -21,6 +21,8 @@ from typing import Any
 
 from dist_ft.checkpoint import discovery
 from dist_ft.core.errors import StorageError
+from dist_ft.core.json_documents import decode_json
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.callbacks import Callback
 from dist_ft.training.trackers import Trackers
@@ -198,14 +200,23 @@ def read_metrics(store: Store, step: int | None = None) -> list[dict[str, Any]]:
         return []
 
     try:
-        lines = [json.loads(line) for line in store.read(FILE).decode("utf-8").splitlines() if line]
+        content = store.read_at_most(FILE, MAX_LARGE_BYTES)
+        lines = [_check_line(decode_json(line)) for line in content.split(b"\n") if line]
         return [_with_new_names(line) for line in lines if step is None or line["step"] <= step]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        # In this order: not JSON; no step; a step that is no number; not an object.
+    except ValueError as error:
         raise StorageError(
             f"{store.redacted_url(FILE)}: not a file of metrics ({error}). Allowed: lines of JSON "
             "with a step. Move the file away."
         ) from error
+
+
+def _check_line(line: Any) -> dict[str, Any]:
+    """Return a line of metrics; raises ValueError for one without a step."""
+    if not isinstance(line, dict):
+        raise ValueError(f"a line is a {type(line).__name__}")
+    if not isinstance(line.get("step"), int):
+        raise ValueError("a line has no step")
+    return line
 
 
 def _with_new_names(line: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from dist_ft.config import renames
 from dist_ft.config.identity import changes
@@ -21,15 +21,18 @@ from dist_ft.config.stages import Stages, with_scoring_data
 from dist_ft.config.task_facts import task_class
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.json_documents import encode_json, interpreting
 from dist_ft.inference.evaluate import evaluate_models
 from dist_ft.runtime.bootstrap.labels import collect_labels
 from dist_ft.storage import filesystem
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.result import Result
 from dist_ft.workflows import stages_report
 from dist_ft.workflows.stages_report import StagesReport
 
 STATE = "stages.json"
+MODEL_CONFIG = "model/config.json"
 SCORES = "scores"
 """Folder of scores: <stage trained>.<stage scored>.json."""
 OPERATIONAL_SECTIONS = ("cluster", "zero", "log", "storage", "checkpoint", "anomaly")
@@ -182,8 +185,8 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> StoredS
     # The config of a later stage, whose data is scored, may have changed since.
     digest = _digest(scored_config)
     if store.exists(path):
-        stored: StoredScore = json.loads(store.read(path))
-        if stored["of"] == digest:
+        stored = cast(StoredScore, read_json_object(store, path))
+        if stored.get("of") == digest:
             return stored
 
     # A head without a row for a label cannot predict it: no score, rather than one of 0.
@@ -192,7 +195,7 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> StoredS
         (metrics,) = evaluate_models(scored_config, [scored_config.model.path]).values()
 
     score: StoredScore = {"of": digest, "metrics": metrics}
-    store.write(path, json.dumps(score, ensure_ascii=False).encode())
+    store.write(path, encode_json(score))
     return score
 
 
@@ -212,17 +215,19 @@ def _head_labels(run: RunConfig) -> list[str]:
         return []
 
     # JSON has string keys, which would sort as "0", "1", "10", "2"
-    label_by_id = json.loads(Store(run.run_url).read("model/config.json"))["id2label"]
-    return [label_by_id[number] for number in sorted(label_by_id, key=int)]
+    store = Store(run.run_url)
+    with interpreting(store.redacted_url(MODEL_CONFIG)):
+        label_by_id = read_json_object(store, MODEL_CONFIG)["id2label"]
+        return [label_by_id[number] for number in sorted(label_by_id, key=int)]
 
 
 def _read_states(store: Store) -> list[StageState]:
     if not store.exists(STATE):
         return []
-    states: list[StageState] = json.loads(store.read(STATE))["stages"]
+    with interpreting(store.redacted_url(STATE)):
+        states: list[StageState] = list(read_json_object(store, STATE)["stages"])
     return states
 
 
 def _write_states(store: Store, states: Sequence[StageState]) -> None:
-    content = json.dumps({"stages": list(states)}, ensure_ascii=False, indent=1)
-    store.write(STATE, content.encode())
+    store.write(STATE, encode_json({"stages": list(states)}, indent=1))

@@ -20,7 +20,9 @@ from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Search
 from dist_ft.core.errors import ConfigError, WorkerError
+from dist_ft.core.json_documents import encode_json, interpreting
 from dist_ft.storage import filesystem
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 from dist_ft.workflows import search_report
 from dist_ft.workflows.run_stages import OPERATIONAL_SECTIONS
@@ -123,13 +125,14 @@ class Journal:
         if not self.store.exists(STATE):
             return
 
-        stored = _migrate(json.loads(self.store.read(STATE)))
-        require_same(self.search, self.base, stored)
+        with interpreting(self.store.redacted_url(STATE)):
+            stored = _migrate(read_json_object(self.store, STATE))
+            require_same(self.search, self.base, stored)
 
-        # JSON has lists where `Trial` has tuples
-        for fields in stored["trials"]:
-            reports = tuple((step, value) for step, value in fields["reports"])
-            self.trials[fields["number"]] = Trial(**{**fields, "reports": reports})
+            # JSON has lists where `Trial` has tuples
+            for fields in stored["trials"]:
+                reports = tuple((step, value) for step, value in fields["reports"])
+                self.trials[fields["number"]] = Trial(**{**fields, "reports": reports})
 
     def on_start(self, number: int, values: dict[str, Any]) -> None:
         """Record a trial that starts or resumes."""
@@ -162,7 +165,7 @@ class Journal:
         # The trial itself writes how it ended. One without a result was stopped by the scheduler,
         # or lost its process.
         run = self._run_store(number)
-        result = json.loads(run.read(RESULT_FILE)) if run.exists(RESULT_FILE) else {}
+        result = read_json_object(run, RESULT_FILE) if run.exists(RESULT_FILE) else {}
 
         error = ""
         if failed:
@@ -193,7 +196,7 @@ class Journal:
             "base": to_mapping(self.base),
             "trials": [asdict(self.trials[number]) for number in sorted(self.trials)],
         }
-        self.store.write(STATE, json.dumps(state, ensure_ascii=False, indent=1).encode())
+        self.store.write(STATE, encode_json(state, indent=1))
 
 
 def _migrate(state: dict[str, Any]) -> StoredSearch:

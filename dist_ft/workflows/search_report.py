@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import SearchSection
+from dist_ft.core.json_documents import encode_json
+from dist_ft.core.printable import markdown_text
 from dist_ft.metrics import best
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import format_table
@@ -92,8 +93,8 @@ def gather(
 
 def write(store: Store, report: SearchReport) -> None:
     """Write search.json, search.md and search.png into the folder of the search."""
-    store.write("search.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
-    store.write("search.md", as_markdown(report).encode())
+    store.write("search.json", encode_json(report, indent=1))
+    store.write("search.md", as_markdown(report).encode("utf-8", "replace"))
     store.write("search.png", as_picture(report))
 
 
@@ -105,16 +106,17 @@ def as_text(report: SearchReport) -> str:
 def as_markdown(report: SearchReport) -> str:
     """Return the trials as a Markdown table, best first, and the errors of failed ones."""
     heads = _heads(report)
-    lines = [f"# {_title(report)}", ""]
+    lines = [f"# {markdown_text(_title(report))}", ""]
 
-    for row in [heads, ["---"] * len(heads), *_rows(report)]:
-        lines.append(f"| {' | '.join(row)} |")
+    lines += [f"| {' | '.join(map(markdown_text, heads))} |", f"|{' --- |' * len(heads)}"]
+    for row in _rows(report):
+        lines.append(f"| {' | '.join(map(markdown_text, row))} |")
 
     lines.append("")
     # errors are too long for a cell
     for trial in report["trials"]:
         if trial["error"]:
-            lines.append(f"- trial {trial['trial']}: {trial['error']}")
+            lines.append(f"- trial {trial['trial']}: {markdown_text(trial['error'])}")
 
     return "\n".join([*lines, ""])
 
@@ -122,6 +124,14 @@ def as_markdown(report: SearchReport) -> str:
 def as_picture(report: SearchReport) -> bytes:
     """Return a PNG: the best value so far of each trial by step, and final values by field."""
     # not pyplot: its state is global, and it may look for a display
+    import matplotlib
+
+    # A dollar sign in a value would start a formula, and a broken one is an error.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        return _draw(report)
+
+
+def _draw(report: SearchReport) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypedDict
 
 from dist_ft.config.stages import Stages
+from dist_ft.core.json_documents import encode_json
+from dist_ft.core.printable import markdown_text
 from dist_ft.metrics.best import LOWER_IS_BETTER
 from dist_ft.metrics.forgetting import measure_forgetting
 from dist_ft.storage.filesystem import Store
@@ -95,7 +96,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def write(store: Store, report: StagesReport) -> None:
     """Write matrix.json, matrix.md and matrix.png into the folder of the stages."""
-    store.write("matrix.json", json.dumps(report, indent=1, ensure_ascii=False).encode())
+    store.write("matrix.json", encode_json(report, indent=1))
     store.write("matrix.md", as_markdown(report).encode())
     store.write("matrix.png", as_picture(report))
 
@@ -109,9 +110,11 @@ def as_markdown(report: StagesReport) -> str:
     """Return the matrix as a Markdown table with the meaning of its columns."""
     heads = _heads(report)
     direction = "lower" if report["metric"] in LOWER_IS_BETTER else "higher"
-    lines = [f"# {_title(report)}", ""]
-    for row in [heads, ["---"] * len(heads), *_rows(report)]:
-        lines.append(f"| {' | '.join(row)} |")
+    lines = [f"# {markdown_text(_title(report))}", ""]
+
+    lines += [f"| {' | '.join(map(markdown_text, heads))} |", f"|{' --- |' * len(heads)}"]
+    for row in _rows(report):
+        lines.append(f"| {' | '.join(map(markdown_text, row))} |")
     lines += [
         "",
         "Each row: the model after that stage, scored on the held-out data of each stage "

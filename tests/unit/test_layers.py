@@ -326,6 +326,7 @@ ACROSS_MODULES = {
     "runtime/bootstrap/test_longer.py",
     "runtime/bootstrap/test_roll_back.py",
     "storage/test_urls.py",
+    "test_doors.py",
     "test_layers.py",
 }
 """Tests of several modules of their folder."""

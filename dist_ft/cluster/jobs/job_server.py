@@ -20,8 +20,10 @@ from urllib.parse import quote, urlsplit
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.runtime.ray_backend.placement import worker_resources
+from dist_ft.storage.local_files import read_regular
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 REQUEST_TIMEOUT_S = 30.0
@@ -135,7 +137,7 @@ def find_token() -> str | None:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     try:
         file = Path(path) if path else Path.home() / ".ray/auth_token"
-        return file.read_text("utf-8").strip() or None
+        return read_regular(file, 2**16).decode().strip() or None
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         # RuntimeError: there is no home folder. Only a file that was named must exist.
         if path:
@@ -200,7 +202,7 @@ class Server:
 
         try:
             answer.raise_for_status()
-            return answer.json()
+            return decode_json(answer.content)
         except (requests.RequestException, ValueError) as error:
             # ValueError: a web page in place of JSON
             raise WorkerError(

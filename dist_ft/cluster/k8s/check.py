@@ -208,7 +208,11 @@ def _check_ray_resource(
 
 def _check_core_resource(content: dict[str, Any], version: str) -> Sequence[Problem] | None:
     """Return what is wrong with an object of Kubernetes' own; None: it has no known schema."""
-    return _check_core_json(json.dumps(content, default=str), version)
+    try:
+        text = json.dumps(content, default=str)
+    except TypeError:
+        return (Problem("metadata", "or another field has a key that is no text. Quote it."),)
+    return _check_core_json(text, version)
 
 
 @functools.lru_cache(maxsize=1024)

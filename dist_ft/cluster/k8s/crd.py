@@ -16,10 +16,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from dist_ft.cluster.k8s.load_manifests import Problem
+from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.json_documents import decode_json
+from dist_ft.storage.local_files import read_regular
 
 Json = dict[str, Any]
 MAX_MESSAGE_LENGTH = 300
+WRONG_FORM = (KeyError, TypeError, AttributeError)
+"""What the code that looks for schemas raises for a file of another form."""
 COMMON_KEYWORDS = frozenset(
     (
         "type",
@@ -92,12 +97,15 @@ def load_schemas(path: str) -> Schemas:
     schemas: Schemas = {}
     for file in files:
         try:
-            text = file.read_text(encoding="utf-8")
-            is_json = file.suffix == ".json"
+            text = read_regular(file, yaml_documents.MANIFESTS.num_bytes).decode()
             # a YAML file may hold several documents, a JSON file holds one
-            for content in [json.loads(text)] if is_json else yaml.safe_load_all(text):
+            if file.suffix == ".json":
+                contents = [decode_json(text)]
+            else:
+                contents = yaml_documents.parse_yaml(text, yaml_documents.MANIFESTS).values
+            for content in contents:
                 schemas |= dict(_iter_schemas(content, file))
-        except (yaml.YAMLError, ValueError, OSError) as error:
+        except (yaml.YAMLError, ValueError, OSError, *WRONG_FORM) as error:
             raise ConfigError(
                 [
                     f"--crd={file}: cannot be read ({type(error).__name__}). CRDs must be YAML or "

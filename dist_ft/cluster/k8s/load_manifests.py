@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError
+from dist_ft.storage.error_messages import UnusableFileError
+from dist_ft.storage.local_files import read_regular
 
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZE_TIMEOUT_S = 60
@@ -63,28 +66,6 @@ class Document:
         """Return a problem of this object as one line."""
         object_name = f"{self.kind or 'object'}/{self.name or '?'}"
         return f"{self.file}: {object_name} {problem.path}: {problem.message}"
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a duplicate key, of which YAML would silently use the last."""
-
-
-def _load_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    # resolves merge keys (<<), so that an inherited key and an own one are not taken for duplicates
-    mapping: dict[Any, Any] = {}
-    loader.flatten_mapping(node)
-
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-        if key in mapping:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {key!r}", key_node.start_mark
-            )
-        mapping[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
-    return mapping
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _load_mapping)
 
 
 def lookup(content: Any, *steps: str | int, default: Any = None) -> Any:
@@ -149,22 +130,30 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
     Raises:
         ConfigError: names the line that is not YAML.
     """
-    # YAML is parsed lazily; all of it is parsed here, where a syntax error names its line
     try:
-        contents = list(yaml.load_all(text, Loader=_Loader))
+        contents, duplicates = yaml_documents.parse_yaml(text, yaml_documents.MANIFESTS)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
+        place = yaml_documents.where(error).rstrip(": ")
+        line = f" {place}" if place else ""
+        reason = yaml_documents.reason(error)
         raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from error
+
+    # YAML would silently use the last of them.
+    if duplicates:
+        raise ConfigError([f"{name} {problem}" for problem in duplicates])
 
     for content in contents:
         # an empty document, such as the one after a last "---"
         if content is None:
             continue
 
-        is_list = isinstance(content, dict) and content.get("kind") == "List"
-        for item in content["items"] if is_list else [content]:
+        items = [content]
+        if isinstance(content, dict) and content.get("kind") == "List":
+            if not isinstance(content.get("items"), list):
+                raise ConfigError([f"{name}: a List without items. It needs a list. Correct it."])
+            items = content["items"]
+
+        for item in items:
             if not isinstance(item, dict):
                 raise ConfigError(
                     [
@@ -178,7 +167,8 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
 
 def _read_kustomize_folder(folder: Path, file: Path) -> Iterator[Document]:
     """Yield what kustomize builds from a folder; one that only lists files is read without it."""
-    content = next(iter(parse_documents(str(file), _read_text(file)))).content
+    documents = list(parse_documents(str(file), _read_text(file)))
+    content = documents[0].content if documents else {}
     if content.get("kind") == "Component":
         raise ConfigError(
             [
@@ -190,10 +180,16 @@ def _read_kustomize_folder(folder: Path, file: Path) -> Iterator[Document]:
     # A folder from `dist-ft k8s render` has a kustomization that changes nothing: it can be checked
     # where kustomize is not installed. Resources may also be folders or URLs.
     resources = content.get("resources") or []
-    only_lists = content.keys() <= {"apiVersion", "kind", "resources"}
+    only_lists = content.keys() <= {"apiVersion", "kind", "resources"} and _is_list_of_texts(
+        resources
+    )
     if only_lists and all((folder / name).is_file() for name in resources):
         return _read_files([folder / name for name in resources])
     return parse_documents(str(folder), _run_kustomize(folder))
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _run_kustomize(folder: Path) -> str:
@@ -237,7 +233,9 @@ def _run_kustomize(folder: Path) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, yaml_documents.MANIFESTS.num_bytes).decode()
+    except UnusableFileError as error:
+        raise ConfigError([f"{path}: {error}. Give a YAML file."]) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             [f"{path}: cannot be read ({type(error).__name__}). Check the file."]

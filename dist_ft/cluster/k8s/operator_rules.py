@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from dist_ft.cluster.k8s.load_manifests import Problem, lookup
+from dist_ft.core import yaml_documents
 
 MAX_NAME_LENGTH = {"RayJob": 47, "RayCluster": 53}
 MIN_RAY_FOR_TOKEN_AUTH = (2, 52, 0)
@@ -124,8 +125,9 @@ def _check_job(content: dict[str, Any]) -> Iterator[Problem]:
 def _check_runtime_environment(spec: dict[str, Any]) -> Iterator[Problem]:
     # A string that holds YAML: the schema checks only that it is a string.
     try:
-        environment = yaml.safe_load(lookup(spec, "runtimeEnvYAML", default="{}"))
-    except yaml.YAMLError:
+        text = str(lookup(spec, "runtimeEnvYAML", default="{}"))
+        (environment,) = yaml_documents.parse_yaml(text).values
+    except (yaml.YAMLError, ValueError):
         environment = None
 
     if not isinstance(environment, dict):

@@ -28,6 +28,9 @@ from dist_ft.config.sections import task as task_section
 from dist_ft.config.sections import tuning as tuning_section
 from dist_ft.config.sections import zero as zero_section
 
+_BROKEN_FIELD = (AttributeError, LookupError, TypeError, ValueError, ArithmeticError)
+"""What a check raises that reads an absent field, or computes with what stands in its place."""
+
 Check = Callable[[RunConfig], Iterator[str]]
 SectionCheck = Callable[[Any], Iterator[str]]
 
@@ -42,7 +45,7 @@ def contradictions(config: RunConfig, whole: bool = True) -> list[str]:
         # A list first: lines of a check that fails half-way must not be reported.
         try:
             lines.extend(list(check(config)))
-        except AttributeError:
+        except _BROKEN_FIELD:
             # A whole config has all fields, so this is a mistake in the check itself.
             if whole:
                 raise

@@ -222,6 +222,16 @@ class DataSection(Section):
     max_bad_rows: int = Field(
         100, ge=0, description="bad_rows=skip: more skipped rows than this are an error."
     )
+    # Part of the identity: with bad_rows=skip it decides which rows are skipped.
+    max_row_mib: float = Identity(
+        64,
+        gt=0,
+        le=1024,
+        description=(
+            "MiB of the largest row (a line, or a record of CSV) before tokenization; a larger one "
+            "cannot be used. Bounds the memory for damaged or hostile shards."
+        ),
+    )
     overlong: Literal["error", "truncate", "drop", "split"] = Identity(
         "error",
         description=(
@@ -255,6 +265,11 @@ class DataSection(Section):
         ),
     )
     prefetch_steps: int = Field(2, ge=1, description="Steps to prepare ahead of training.")
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Bytes of the largest row."""
+        return max(1, round(self.max_row_mib * 2**20))
 
 
 def _weights(data: DataSection) -> Iterator[str]:

@@ -19,8 +19,9 @@ def Identity(*args: Any, **kwargs: Any) -> Any:
 class Section(BaseModel):
     """Base class of all sections: immutable; an unknown key is an error."""
 
-    # pydantic would ignore unknown keys: a misspelled field would silently keep its default.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # pydantic would ignore unknown keys: a misspelled field would silently keep its default. And it
+    # would take infinity for a number.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def is_default(self, field: str) -> bool:
         """Whether the value of `field` equals its default in the schema."""

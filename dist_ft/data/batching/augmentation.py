@@ -30,6 +30,7 @@ from dist_ft.core.seeds import derive_seed, random_uint64, to_unit_interval
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.encoding.data_task import data_task
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.single_files import read_file
 
 SALT = 0x617567
@@ -329,7 +330,7 @@ def read_synonym_file(path: str) -> str:
         DataError: it does not exist, or is not UTF-8.
     """
     try:
-        return read_file(path).decode("utf-8-sig")
+        return read_file(path, MAX_LARGE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _synonym_file_error(path, "is not UTF-8") from error
     except (FileNotFoundError, StorageError) as error:

@@ -39,7 +39,9 @@ def split_into_blocks(
     # Some shards have to be read to find where to split them, so ranks share the work.
     ranges_by_shard = _distribute(
         range(len(all_shards)),
-        lambda number: readers.split_into_ranges(all_shards[number], number, block_bytes),
+        lambda number: readers.split_into_ranges(
+            all_shards[number], number, block_bytes, data.max_row_bytes
+        ),
         lambda number: all_shards[number].url,
         world,
         collectives,

@@ -6,15 +6,18 @@ The file has two lines of JSON: a header (format version, checksum of the body) 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, get_args
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.blocks.segments import BlockStats
-from dist_ft.data.sources.discovery import Shard
+from dist_ft.data.sources.discovery import Shard, ShardKind
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 FORMAT_VERSION = 2
@@ -67,8 +70,8 @@ def load(store: Store, name: str) -> Index | None:
 
     url = redact(store.full_url(f"{name}.json"))
     try:
-        header_line, _, body = store.read(f"{name}.json").partition(b"\n")
-        header = json.loads(header_line)
+        header_line, _, body = store.read_at_most(f"{name}.json", MAX_LARGE_BYTES).partition(b"\n")
+        header = decode_json(header_line)
         # Before the checksum: the file of another version must not be reported as damaged.
         if header["format"] != FORMAT_VERSION:
             raise DataError(
@@ -80,8 +83,8 @@ def load(store: Store, name: str) -> Index | None:
         if xxhash.xxh3_128_hexdigest(body) != header["checksum"]:
             raise ValueError("the checksum differs")
 
-        return _parse_index(json.loads(body))
-    except (ValueError, KeyError, TypeError) as error:
+        return _parse_index(decode_json(body))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{url}: the stored index is damaged ({error}). Remove the file to rebuild the index "
             "from the same shards."
@@ -99,13 +102,58 @@ def _parse_index(content: dict[str, Any]) -> Index:
     for values in content["measures"]:
         block_stats.append(_parse_block_stats(content["measure"], values))
 
-    return Index(
+    index = Index(
         shards=tuple(shards),
         shard_sources=shard_sources,
         blocks=tuple(blocks),
         block_stats=tuple(block_stats),
         recipe=content["recipe"],
     )
+    _check_types(index)
+    return index
+
+
+def _check_types(index: Index) -> None:
+    """Raise ValueError unless every number and text of an index is one.
+
+    The checksum shows damage, but not who wrote the file; what plans the steps computes with it.
+    """
+    _require(isinstance(index.recipe, dict), "a recipe that is none")
+    _require(len(index.shard_sources) == len(index.shards), "the number of shard sources differs")
+    _require(len(index.block_stats) == len(index.blocks), "the number of blocks differs")
+
+    for shard in index.shards:
+        is_shard = isinstance(shard.url, str) and isinstance(shard.version, str)
+        _require(is_shard and shard.kind in get_args(ShardKind), f"shard {shard!r:.80}")
+    sizes = [shard.size for shard in index.shards]
+    _require_counts("shards", [*sizes, *index.shard_sources])
+
+    for block in index.blocks:
+        for part in block.ranges:
+            counts = [block.source, part.shard, part.start, part.stop + 1, part.group + 1]
+            _require_counts("blocks", counts)
+            _require(part.shard < len(index.shards), f"shard {part.shard} does not exist")
+
+    for stats in index.block_stats:
+        counts = []
+        for field in fields(BlockStats):
+            value = getattr(stats, field.name)
+            if field.type == "str":
+                _require(isinstance(value, str), f"{field.name} is no text")
+            elif field.type == "int":
+                counts.append(value)
+        _require_counts("statistics", [*counts, *stats.rows_per_range])
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
+def _require_counts(name: str, values: Sequence[object]) -> None:
+    for value in values:
+        is_count = isinstance(value, int) and 0 <= value < 2**62
+        _require(is_count, f"{name}: {value!r:.40} is no count")
 
 
 def _block_values(block: Block) -> list[object]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_ft.core.json_documents import decode_json
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.block import Block
 from dist_ft.data.encoding.chat import TEMPLATE_DATE, Encoder
@@ -112,6 +113,9 @@ def compute_fingerprint(encoder: Encoder) -> str:
         components.append(TEMPLATE_DATE.isoformat())
     if encoder.recipe:
         components.append(encoder.recipe)
+    # It decides only which rows are skipped.
+    if encoder.data.bad_rows == "skip" and not encoder.data.is_default("max_row_mib"):
+        components.append(encoder.data.max_row_mib)
 
     encoded = json.dumps(components, sort_keys=True, default=str).encode()
     return xxhash.xxh3_128_hexdigest(encoded)
@@ -269,7 +273,7 @@ def read_block(path: Path, check: bool = True) -> TokenizedBlock:
     start = 8 + int.from_bytes(mapped[:8], "little")
     if start > len(mapped):
         raise ValueError("the header is cut off")
-    header = json.loads(mapped[8:start])
+    header = decode_json(mapped[8:start])
 
     dtypes = {"offsets": "<i8", "tokens": "<i4", "targets": "u1"}
     if header["targets"]["dtype"] == "I32":
@@ -289,8 +293,8 @@ def read_block(path: Path, check: bool = True) -> TokenizedBlock:
         targets=arrays["targets"],
         offsets=arrays["offsets"],
         format=metadata["format"],
-        rows_per_range=tuple(json.loads(metadata["part_rows"])),
-        bad_rows=tuple(json.loads(metadata["bad_rows"])),
+        rows_per_range=tuple(decode_json(metadata["part_rows"])),
+        bad_rows=tuple(decode_json(metadata["bad_rows"])),
         checksum=checksum,
     )
 

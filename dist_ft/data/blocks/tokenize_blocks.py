@@ -103,7 +103,8 @@ def iter_encoded_blocks(
     for shard_number, group in groupby(numbered_ranges, key=lambda item: item[1].shard):
         shard = shards[shard_number]
         own_ranges = list(group)
-        all_rows = readers.read_ranges(shard, [shard_range for _, shard_range in own_ranges])
+        ranges = [shard_range for _, shard_range in own_ranges]
+        all_rows = readers.read_ranges(shard, ranges, encoder.data.max_row_bytes)
 
         for (number, shard_range), (_, rows) in zip(own_ranges, all_rows, strict=True):
             encoded.append(_encode(encoder, shard, shard_range, rows))

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.data.sources import hub
 from dist_ft.storage import filesystem
 
@@ -78,7 +79,7 @@ class RowLocation(NamedTuple):
 
     def error(self, problem: str) -> DataError:
         """Return the error for a row that cannot be used."""
-        return DataError(redact(f"{self.shard_url} row {self.number}: {problem}"))
+        return DataError(redact(f"{printable_line(self.shard_url)} row {self.number}: {problem}"))
 
 
 def discover_shards(
@@ -96,7 +97,7 @@ def discover_shards(
     """
     shards_of_sources: list[tuple[Shard, ...]] = []
     for source in sources:
-        field_value = f"{field}={redact(source.path)}"
+        field_value = f"{field}={printable_line(redact(source.path))}"
 
         # `redact` changes nothing but credentials. URLs are stored in the index of the run.
         if redact(source.path) != source.path:
@@ -211,8 +212,9 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
     is_folder = _kind_by_suffix(path) is None and not is_glob
     if len(unknown) == len(urls) or (unknown and not is_folder):
         raise DataError(
-            f"{field_value}: {redact(unknown[0])} has an unknown suffix. Allowed are "
-            f"{_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes it."
+            f"{field_value}: {printable_line(redact(unknown[0]))} has an unknown suffix. Allowed "
+            f"are {_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes "
+            "it."
         )
 
     shards = []
@@ -220,15 +222,31 @@ def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
         kind = _kind_by_suffix(url)
         if kind is None:
             continue
+
+        name = printable_line(redact(url))
+        if not _is_utf8(url):
+            raise DataError(
+                f"{field_value}: the name of the shard {name} is not UTF-8. Indexes and ledgers "
+                "store names as text. Rename it."
+            )
         if not listing[url]["size"]:
             raise DataError(
-                f"{field_value}: the shard {redact(url)} is empty. Each shard must hold at least "
-                "one row. Remove or fill it."
+                f"{field_value}: the shard {name} is empty. Each shard must hold at least one row. "
+                "Remove or fill it."
             )
 
         shards.append(Shard(url, kind, listing[url]["size"], listing[url]["version"]))
 
     return tuple(shards)
+
+
+def _is_utf8(name: str) -> bool:
+    """Return whether a name is text: Python stands for other bytes by lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
@@ -237,8 +255,8 @@ def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
     for shard in shards:
         if shard.url in urls:
             raise DataError(
-                f"{field}: the shard {shard.url} is listed twice. Each sample counts once per "
-                "epoch. Remove the source that overlaps."
+                f"{field}: the shard {printable_line(shard.url)} is listed twice. Each sample "
+                "counts once per epoch. Remove the source that overlaps."
             )
 
         urls.add(shard.url)

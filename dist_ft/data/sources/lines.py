@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +11,29 @@ from functools import lru_cache
 from typing import Any
 
 from dist_ft.core.errors import DataError, DistFtError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
-from dist_ft.data.sources import ranged_reads
+from dist_ft.data.sources import csv_rows, ranged_reads
 from dist_ft.data.sources.discovery import Row, RowLocation, Shard
+from dist_ft.data.sources.line_reader import (
+    ByteMeter,
+    LongLine,
+    iter_chunks,
+    iter_lines,
+    open_shard,
+    read_lines,
+)
 
-MAX_FIELD_CHARACTERS = 2**31 - 1
-"""Characters of a CSV field; the default limit of the csv module is 131,072."""
+MAX_TEXT_BYTES = 2**30
+"""Bytes of a .txt file (one row), and of a .json file that is one array: all is in memory."""
+MAX_EXPANSION = 16
+"""Bytes of a range that is read, by the bytes that were expected of it."""
+MIN_EXPANDED_BYTES = 256 * 2**20
+"""Below this, the content of a compressed shard is not compared with its size."""
+MAX_BAD_ROWS = 100_000
+"""Bad rows of a range: each has an error in memory, whatever data.max_bad_rows allows."""
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -38,34 +52,39 @@ def is_json_file(shard: Shard) -> bool:
     return ".json" in shard.url.lower() and ".jsonl" not in shard.url.lower()
 
 
-def iter_row_sizes(shard: Shard) -> Iterator[tuple[int, int]]:
+def iter_row_sizes(shard: Shard, max_row_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield (1, bytes) for every row, in one pass."""
     with _decoding(shard):
         if shard.kind == "csv":
-            csv.field_size_limit(MAX_FIELD_CHARACTERS)
-            for row in csv.reader(_text_lines(shard), strict=True):
-                yield 1, sum(map(len, row))
+            yield from csv_rows.iter_row_sizes(shard, max_row_bytes)
         else:
             # blank lines are no rows, here as in `_json_rows`: ranges are row numbers
-            for line in _open(shard):
-                if line.strip():
+            for line in read_lines(shard, max_row_bytes, ByteMeter()):
+                if isinstance(line, LongLine):
+                    yield 1, line.max_bytes  # the rest of it is never in memory
+                elif line.strip():
                     yield 1, len(line)
 
 
 def read_ranges(
-    shard: Shard, ranges: Sequence[ShardRange]
+    shard: Shard, ranges: Sequence[ShardRange], max_row_bytes: int
 ) -> Iterator[tuple[ShardRange, list[Row | DataError]]]:
     """Yield (range, its rows) in one pass; see `readers.read_ranges`."""
     with _decoding(shard):
+        meter = ByteMeter()
         if shard.kind == "text":
             yield ranges[0], [_text_row(shard)]
         elif shard.kind == "csv":
-            yield from _regroup_by_range(_csv_rows(shard), ranges)
+            rows = csv_rows.iter_rows(shard, max_row_bytes, meter)
+            yield from _regroup_by_range(shard, rows, ranges, meter)
         elif shard.codec or is_json_file(shard):
-            yield from _regroup_by_range(_json_rows(shard, _json_items(shard)), ranges)
+            rows = _json_rows(shard, _json_items(shard, max_row_bytes, meter))
+            yield from _regroup_by_range(shard, rows, ranges, meter)
         else:
             for part in ranges:
-                yield part, list(_json_rows(shard, _lines_of_range(shard, part), part.start))
+                lines = _lines_of_range(shard, part, max_row_bytes)
+                rows = _json_rows(shard, lines, part.start)
+                yield part, _collect(shard, rows, part, meter)
 
 
 @contextmanager
@@ -77,19 +96,21 @@ def _decoding(shard: Shard) -> Iterator[None]:
         raise  # says already what is wrong; a StorageError must stay retryable
     except csv.Error as error:
         raise DataError(
-            redact(f"{shard.url}: is not valid CSV ({error}). Write the shard again.")
+            redact(
+                f"{printable_line(shard.url)}: is not valid CSV ({error}). Write the shard again."
+            )
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
             redact(
-                f"{shard.url}: is truncated or not {shard.codec or shard.kind} ({error}). Write "
-                "the shard again."
+                f"{printable_line(shard.url)}: is truncated or not {shard.codec or shard.kind} "
+                f"({error}). Write the shard again."
             )
         ) from error
 
 
 def _regroup_by_range(
-    rows: Iterator[Any], ranges: Sequence[ShardRange]
+    shard: Shard, rows: Iterator[Any], ranges: Sequence[ShardRange], meter: ByteMeter
 ) -> Iterator[tuple[ShardRange, list[Any]]]:
     """Yield (range, its rows [start, stop)) of all rows of a shard in order."""
     position = 0
@@ -101,99 +122,114 @@ def _regroup_by_range(
         num_rows = None
         if part.stop != END_OF_SHARD:
             num_rows = part.stop - part.start
-        part_rows = list(itertools.islice(rows, num_rows))
+        part_rows = _collect(shard, itertools.islice(rows, num_rows), part, meter)
 
         position = part.start + len(part_rows)
         yield part, part_rows
 
 
-def _open(shard: Shard) -> Any:
-    """Return the decompressed bytes of a shard as a file."""
-    import gzip
+def _collect(shard: Shard, rows: Iterator[Any], part: ShardRange, meter: ByteMeter) -> list[Any]:
+    """Return the rows of a range.
 
-    raw = io.BufferedReader(
-        ranged_reads.ReadAheadFile(shard.url, shard.size), ranged_reads.RANGE_BYTES
-    )
-    if shard.codec == "gzip":
-        return gzip.GzipFile(fileobj=raw)
+    Raises:
+        DataError: they take far more memory than the size of the shard lets expect.
+    """
+    first_byte = meter.num_bytes
+    max_bytes = max(MAX_EXPANSION * part.num_bytes, MIN_EXPANDED_BYTES)
+    collected: list[Any] = []
+    bad_rows: list[DataError] = []
 
-    if shard.codec == "zstd":
-        import pyarrow
+    for row in rows:
+        collected.append(row)
+        if isinstance(row, DataError):
+            bad_rows.append(row)
 
-        # the standard library cannot read it; buffered, as pyarrow's stream has no lines
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-        return io.BufferedReader(stream, 2**20)
-
-    return raw
-
-
-def _text_lines(shard: Shard) -> Iterator[str]:
-    """Yield the lines of a shard as text, for the CSV reader."""
-    # Decoded line by line, so that an error can name the line. A BOM is allowed in the first.
-    encoding = "utf-8-sig"
-    for index, line in enumerate(_open(shard)):
-        try:
-            yield line.decode(encoding)
-        except UnicodeDecodeError as error:
+        if meter.num_bytes - first_byte > max_bytes:
             raise DataError(
                 redact(
-                    f"{shard.url} line {index + 1}: byte {error.start} is not UTF-8. Convert the "
-                    "shard."
+                    f"{printable_line(shard.url)}: expands to more than {max_bytes / 2**20:,.0f} "
+                    "MiB in one block, far more than its size lets expect. Write it again as "
+                    "several shards, or without compression."
                 )
-            ) from error
-        encoding = "utf-8"
-
-
-def _csv_rows(shard: Shard) -> Iterator[Row | DataError]:
-    """Yield the rows of a CSV shard."""
-    csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    for number, row in enumerate(csv.DictReader(_text_lines(shard), strict=True), 1):
-        # DictReader's marks: key None for fields too many, value None for fields too few
-        if None in row or None in row.values():
-            yield RowLocation(shard.url, number).error(
-                "does not have as many fields as the header. Repair or remove the row."
             )
-        else:
-            yield dict(row)
+        if len(bad_rows) > MAX_BAD_ROWS:
+            raise DataError(
+                f"{printable_line(redact(shard.url))}: more than {MAX_BAD_ROWS:,} rows of one "
+                f"block cannot be used; the first: {bad_rows[0]}"
+            )
+
+    return collected
 
 
 def _text_row(shard: Shard) -> Row | DataError:
     """Return the one row of a plain-text shard."""
+    if shard.size > MAX_TEXT_BYTES:
+        return DataError(
+            redact(
+                f"{printable_line(shard.url)}: is larger than {MAX_TEXT_BYTES / 2**30:g} GiB. A "
+                "text file is one row. Split it, or write JSON Lines."
+            )
+        )
     try:
-        return {"text": _open(shard).read().decode("utf-8-sig")}
+        return {"text": open_shard(shard).read().decode("utf-8-sig")}
     except UnicodeDecodeError as error:
         return DataError(
             redact(
-                f"{shard.url}: byte {error.start} is not UTF-8. Shards must be UTF-8. Convert the "
-                "shard."
+                f"{printable_line(shard.url)}: byte {error.start} is not UTF-8. Shards must be "
+                "UTF-8. Convert the shard."
             )
         )
 
 
-def _json_items(shard: Shard) -> Iterator[Any]:
+def _json_items(shard: Shard, max_row_bytes: int, meter: ByteMeter) -> Iterator[Any]:
     """Yield the lines of a whole shard, or the items of a .json file that is one array."""
-    file = _open(shard)
-    first_line = next((line for line in file if line.strip()), b"").removeprefix(_UTF8_BOM)
+    chunks = iter_chunks(open_shard(shard))
+    # blank lines do not count, so what is dropped here has no number
+    first_chunk = next(chunks, b"").removeprefix(_UTF8_BOM)
+    while not first_chunk.strip() and (next_chunk := next(chunks, b"")):
+        first_chunk = next_chunk
+    chunks = itertools.chain([first_chunk], chunks)
 
     # an array may span lines, so its first character decides, not the first line
-    if is_json_file(shard) and first_line.lstrip().startswith(b"["):
-        try:
-            yield from json.loads(first_line + file.read())
-        except (ValueError, RecursionError) as error:
+    if is_json_file(shard) and first_chunk.lstrip().startswith(b"["):
+        yield from _array_items(shard, chunks)
+    else:
+        yield from iter_lines(chunks, shard.url, max_row_bytes, meter)
+
+
+def _array_items(shard: Shard, chunks: Iterator[bytes]) -> list[Any]:
+    """Return the items of a .json file that is one array, which is read as a whole."""
+    max_bytes = MAX_TEXT_BYTES
+    if shard.codec:
+        max_bytes = max(MIN_EXPANDED_BYTES, MAX_EXPANSION * shard.size)
+
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > max_bytes:
             raise DataError(
                 redact(
-                    f"{shard.url}: is not a JSON array ({error}). One object per line (.jsonl) is "
-                    "also allowed. Repair the file."
+                    f"{printable_line(shard.url)}: is an array of more than "
+                    f"{max_bytes / 2**20:,.0f} MiB. One object per line (.jsonl) may be of any "
+                    "size. Convert it."
                 )
-            ) from error
+            )
 
-        return
+    try:
+        items: list[Any] = decode_json(bytes(content))
+    except ValueError as error:
+        raise DataError(
+            redact(
+                f"{printable_line(shard.url)}: is not a JSON array ({error}). One object per line "
+                "(.jsonl) is also allowed. Repair the file."
+            )
+        ) from error
+    return items
 
-    yield first_line
-    yield from file
 
-
-def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
+def _lines_of_range(
+    shard: Shard, part: ShardRange, max_row_bytes: int
+) -> Iterator[bytes | LongLine]:
     """Yield the lines that start in the byte range of `part`."""
     stop = shard.size if part.stop == END_OF_SHARD else part.stop
     read_start = max(0, part.start - 1)  # the byte before shows whether a line starts at `start`
@@ -209,16 +245,22 @@ def _lines_of_range(shard: Shard, part: ShardRange) -> Iterator[bytes]:
 
     # the last line ends in a later range, which skips the rest of it
     if content and not content.endswith(b"\n"):
-        content += _rest_of_line(shard, stop)
-    yield from content.split(b"\n")
+        num_bytes = len(content) - (content.rfind(b"\n") + 1)
+        content += _rest_of_line(shard, stop, max_row_bytes - num_bytes)
+
+    for line in content.split(b"\n"):
+        yield line if len(line) <= max_row_bytes else LongLine(len(line), max_row_bytes)
 
 
-def _rest_of_line(shard: Shard, start: int) -> bytes:
-    """Return the bytes from `start` up to the next line break, or to the end."""
+def _rest_of_line(shard: Shard, start: int, max_bytes: int) -> bytes:
+    """Return the bytes from `start` up to the next line break, or to the end.
+
+    Of more than `max_bytes`, some more than those: the line is too long to be used.
+    """
     # Most lines end soon: start with small reads and double them.
     rest = bytearray()
     width = ranged_reads.MIN_RANGE_BYTES
-    while start < shard.size:
+    while start < shard.size and len(rest) <= max_bytes:
         chunk = ranged_reads.read_range(shard.url, start, min(shard.size, start + width))
         line_break = chunk.find(b"\n")
         if line_break >= 0:
@@ -250,18 +292,21 @@ def _json_rows(
         number += 1
 
         # Problems are yielded and not raised: the rows after a bad one are still read.
+        if isinstance(item, LongLine):
+            yield _line_error(shard, number, first_byte, item.problem())
+            continue
+
         try:
             row = item
             if isinstance(item, bytes):
-                row = json.loads(item)
+                row = decode_json(item)
         except UnicodeDecodeError as error:
             problem = f"byte {error.start} of the line is not UTF-8. Convert the shard."
             yield _line_error(shard, number, first_byte, problem)
             continue
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             problem = (
-                f"is not JSON ({_json_problem(error)}). Each line must be one object. Repair or "
-                "remove the line."
+                f"is not JSON ({error}). Each line must be one object. Repair or remove the line."
             )
             yield _line_error(shard, number, first_byte, problem)
             continue
@@ -275,18 +320,6 @@ def _json_rows(
             continue
 
         yield row
-
-
-def _json_problem(error: ValueError | RecursionError) -> str:
-    """Return why `json.loads` refused a line.
-
-    An integer of thousands of digits is a plain ValueError.
-    """
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(error)
 
 
 def _line_error(shard: Shard, number: int, first_byte: int, problem: str) -> DataError:

@@ -17,13 +17,18 @@ from dist_ft.core.errors import DataError, StorageError
 from dist_ft.data.block import END_OF_SHARD, ShardRange
 from dist_ft.data.sources import hub, lines, tables
 from dist_ft.data.sources.discovery import Row, Shard, vanished_error
+from dist_ft.data.sources.line_reader import MAX_ROW_BYTES
 
 COMPRESSION_RATIO = 4
 """Assumed bytes of text per byte of a compressed file."""
 
 
-def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[ShardRange]:
+def split_into_ranges(
+    shard: Shard, number: int, block_bytes: int, max_row_bytes: int = MAX_ROW_BYTES
+) -> list[ShardRange]:
     """Return the ranges of shard `number`, each of about `block_bytes` of text.
+
+    `max_row_bytes` bounds the memory of the pass; see `read_ranges`.
 
     The cost is that of finding where to split: nothing for JSON Lines; the footer for Parquet; one
     pass over compressed files, CSV and Arrow files that are larger than a block.
@@ -43,18 +48,21 @@ def split_into_ranges(shard: Shard, number: int, block_bytes: int) -> list[Shard
             ratio = COMPRESSION_RATIO
         if shard.kind == "text" or shard.size <= block_bytes // ratio:
             return [ShardRange(number, 0, END_OF_SHARD, shard.size * ratio)]
-        return _split_by_rows(shard, number, block_bytes)
+        return _split_by_rows(shard, number, block_bytes, max_row_bytes)
 
 
-def _split_by_rows(shard: Shard, number: int, block_bytes: int) -> list[ShardRange]:
+def _split_by_rows(
+    shard: Shard, number: int, block_bytes: int, max_row_bytes: int
+) -> list[ShardRange]:
     """Return row ranges of a shard that has to be read from its start."""
-    iter_sizes = lines.iter_row_sizes
     if shard.kind == "arrow":
-        iter_sizes = tables.iter_batch_sizes  # record batches cannot be read in part
+        sizes = tables.iter_batch_sizes(shard)  # record batches cannot be read in part
+    else:
+        sizes = lines.iter_row_sizes(shard, max_row_bytes)
 
     ranges = []
     start = row = range_bytes = 0
-    for num_rows, num_bytes in iter_sizes(shard):
+    for num_rows, num_bytes in sizes:
         if range_bytes and range_bytes + num_bytes > block_bytes:
             ranges.append(ShardRange(number, start, row, range_bytes))
             start = row
@@ -76,8 +84,12 @@ def is_sequential(shard: Shard) -> bool:
     return shard.kind in ("csv", "arrow") or bool(shard.codec)
 
 
-def read_ranges(shard: Shard, ranges: Sequence[ShardRange]) -> Iterator[tuple[ShardRange, Any]]:
+def read_ranges(
+    shard: Shard, ranges: Sequence[ShardRange], max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[tuple[ShardRange, Any]]:
     """Yield (range, its rows) for ascending ranges of one shard; rows are a list or an Arrow table.
+
+    A line of more than `max_row_bytes` (`DataSection.max_row_bytes`) is a row that cannot be used.
 
     Raises:
         DataError: the shard was removed or changed since discovery, or cannot be decoded.
@@ -86,14 +98,17 @@ def read_ranges(shard: Shard, ranges: Sequence[ShardRange]) -> Iterator[tuple[Sh
         if shard.kind == "hub":
             yield ranges[0], hub.read_rows(shard.url)
         elif shard.kind in ("parquet", "arrow"):
-            yield from tables.read_ranges(shard, ranges)
+            yield from tables.read_ranges(shard, ranges, max_row_bytes)
         else:
-            yield from lines.read_ranges(shard, ranges)
+            yield from lines.read_ranges(shard, ranges, max_row_bytes)
 
 
-def iter_rows(shard: Shard, block_bytes: int = 16 * 2**20) -> Iterator[Row | DataError]:
+def iter_rows(
+    shard: Shard, block_bytes: int = 16 * 2**20, max_row_bytes: int = MAX_ROW_BYTES
+) -> Iterator[Row | DataError]:
     """Yield every row of a shard, reading it once, about `block_bytes` at a time."""
-    for _, rows in read_ranges(shard, split_into_ranges(shard, 0, block_bytes)):
+    ranges = split_into_ranges(shard, 0, block_bytes, max_row_bytes)
+    for _, rows in read_ranges(shard, ranges, max_row_bytes):
         if not isinstance(rows, list):
             rows = rows.to_pylist()
         yield from rows

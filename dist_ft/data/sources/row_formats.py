@@ -6,12 +6,12 @@ tokenized here; the only thing known about chat templates is the messages they t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dist_ft.config.schema import DataSection
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.data.sources.discovery import Row, RowLocation
 
@@ -207,10 +207,10 @@ def _check_message(message: Any, where: str, location: RowLocation) -> Row:
 def _decode_json(text: str, column: str, location: RowLocation) -> Any:
     """Return messages that a table without nested columns (CSV) holds as JSON."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return decode_json(text)
+    except ValueError as error:
         raise location.error(
-            f"{column} is text and not JSON ({error.msg}). It must be a list of {{role, content}}. "
+            f"{column} is text and not JSON ({error}). It must be a list of {{role, content}}. "
             "Repair the row or set data.fields.messages."
         ) from error
 

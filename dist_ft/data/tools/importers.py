@@ -5,17 +5,21 @@ Reads whole files behind any fsspec URL. Every error names file and line. Nothin
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import parse_json
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.data.sources.discovery import Row
 from dist_ft.storage.single_files import read_file
 
 COMMENT = re.compile(r"# ?(\S+ = |newdoc|newpar)")
 """A line about a sentence, before its words, in CoNLL-U files."""
+MAX_FILE_BYTES = 2 * 2**30
+"""Bytes of a file: all of it is in memory."""
 MAX_LINE_SHOWN = 40
 """Characters of a line in an error message."""
 
@@ -70,7 +74,7 @@ def read_squad(
     """
     for path in paths:
         try:
-            articles = json.loads("\n".join(_read_lines(path, encoding)))["data"]
+            articles = _read_json(path, encoding)["data"]
             for number, article in enumerate(articles):
                 for paragraph in article["paragraphs"]:
                     for question in paragraph["qas"]:
@@ -86,7 +90,7 @@ def read_squad(
                                 "answer_start": [answer["answer_start"] for answer in answers],
                             },
                         }
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 redact(
                     f"{path}: is not in SQuAD's format ({type(error).__name__}: {error}). It must "
@@ -145,10 +149,7 @@ def read_pairs(
     A file may hold several such lists by name; `part` is the name of one.
     """
     for path in paths:
-        try:
-            pairs = json.loads("\n".join(_read_lines(path, encoding)))
-        except json.JSONDecodeError as error:
-            raise DataError(redact(f"{path}: is not JSON ({error}). Repair the file.")) from error
+        pairs = _read_json(path, encoding)
 
         if isinstance(pairs, dict):
             if part not in pairs:
@@ -159,6 +160,11 @@ def read_pairs(
                 )
 
             pairs = pairs[part]
+
+        if not isinstance(pairs, list):
+            raise DataError(
+                redact(f"{path}: is no list. It must be a list of [text, label]. Repair the file.")
+            )
 
         # JSON has no line numbers: errors name the number of the pair
         for number, pair in enumerate(pairs, 1):
@@ -180,7 +186,7 @@ IMPORTERS: dict[str, Callable[..., Iterator[Row]]] = {
 def _read_lines(path: str, encoding: str) -> list[str]:
     """Return the lines of a file."""
     try:
-        text = read_file(path).decode(encoding)
+        text = read_file(path, MAX_FILE_BYTES).decode(encoding)
     except (UnicodeDecodeError, LookupError) as error:
         raise DataError(
             redact(
@@ -191,6 +197,12 @@ def _read_lines(path: str, encoding: str) -> list[str]:
 
     # Not `splitlines`: it also splits at characters that occur within texts, such as U+2028.
     return text.replace("\r\n", "\n").rstrip("\n").split("\n")
+
+
+def _read_json(path: str, encoding: str) -> Any:
+    """Return the JSON value in a file."""
+    name = printable_line(redact(path))
+    return parse_json("\n".join(_read_lines(path, encoding)), name, "Repair the file.")
 
 
 def _line_error(path: str, number: int, problem: str) -> DataError:

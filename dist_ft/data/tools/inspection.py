@@ -19,6 +19,7 @@ import numpy as np
 
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
+from dist_ft.core.printable import printable_line
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard, discover_shards
 
@@ -209,12 +210,13 @@ def format_inspection(result: Inspection) -> str:
         share = f"in {count:,} rows"
         if count == result.num_rows:
             share = "in all rows"
-        lines.append(f"  {name}  {share}")
+        lines.append(f"  {printable_line(name)}  {share}")
 
     if not result.suspicious:
         lines.append("suspicious  none")
     else:
         lines.append("suspicious")
     for problem, count in result.suspicious.most_common():
-        lines.append(f"  {count:,} × {problem}, for example {', '.join(result.examples[problem])}")
+        examples = printable_line(", ".join(result.examples[problem]))
+        lines.append(f"  {count:,} × {printable_line(problem)}, for example {examples}")
     return "\n".join(lines)

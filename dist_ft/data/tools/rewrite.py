@@ -14,12 +14,14 @@ from itertools import groupby
 from typing import Any
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.token_cache import TokenizedBlock, cache_key
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, Shard
 from dist_ft.data.tools.write import encode_jsonl, encode_parquet
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 SOURCE, COMPLETE = "_source.json", "_complete"
@@ -47,7 +49,10 @@ def rewrite_blocks(
     # Not only shard names: the same names may hold another data set with as many blocks.
     source = _describe_source(blocks, suffix, tokenize)
     existing = set(out.list())
-    is_same_source = SOURCE in existing and _is_same_source(out.read(SOURCE).decode(), source)
+    is_same_source = False
+    if SOURCE in existing:
+        stored = out.read_at_most(SOURCE, MAX_LARGE_BYTES).decode("utf-8", "replace")
+        is_same_source = _is_same_source(stored, source)
     if existing and not is_same_source:
         raise DataError(
             f"--out={out.redacted_url()}: holds shards that were written from other data or in "
@@ -64,7 +69,9 @@ def rewrite_blocks(
     if tokenize:
         contents = (block_to_table(block) for _, block in blocks.iter_blocks(missing))
     else:
-        contents = _iter_block_rows([blocks.blocks[number] for number in missing], blocks.shards)
+        missing_blocks = [blocks.blocks[number] for number in missing]
+        max_row_bytes = blocks.encoder.data.max_row_bytes
+        contents = _iter_block_rows(missing_blocks, blocks.shards, max_row_bytes)
 
     # before the first shard, so that an interrupted call can be continued
     out.write(SOURCE, source.encode())
@@ -94,7 +101,7 @@ def _is_same_source(stored: str, source: str) -> bool:
     Only values are compared: version 0.1.0 spelled a key differently.
     """
     try:
-        values = list(json.loads(stored).values())
+        values = list(decode_json(stored).values())
     except (ValueError, AttributeError):
         return False
     return values == list(json.loads(source).values())
@@ -113,12 +120,14 @@ def block_to_table(block: TokenizedBlock) -> Any:
     )
 
 
-def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[list[Row]]:
+def _iter_block_rows(
+    blocks: Sequence[Block], shards: Sequence[Shard], max_row_bytes: int
+) -> Iterator[list[Row]]:
     """Yield the rows of each block; a shard shared by several blocks is read in one pass."""
     ranges_left = [len(block.ranges) for block in blocks]
     rows: list[Row] = []
 
-    for number, found in _read_in_passes(blocks, shards):
+    for number, found in _read_in_passes(blocks, shards, max_row_bytes):
         if not isinstance(found, list):
             found = found.to_pylist()
 
@@ -134,7 +143,9 @@ def _iter_block_rows(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterat
             rows = []
 
 
-def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterator[tuple[int, Any]]:
+def _read_in_passes(
+    blocks: Sequence[Block], shards: Sequence[Shard], max_row_bytes: int
+) -> Iterator[tuple[int, Any]]:
     """Yield (block, rows of a range) in order; consecutive ranges of a shard are one pass."""
     todo: list[tuple[int, ShardRange]] = []
     for number, block in enumerate(blocks):
@@ -143,7 +154,7 @@ def _read_in_passes(blocks: Sequence[Block], shards: Sequence[Shard]) -> Iterato
 
     for shard, group in groupby(todo, key=lambda item: item[1].shard):
         numbers, ranges = zip(*group, strict=True)
-        passes = readers.read_ranges(shards[shard], ranges)
+        passes = readers.read_ranges(shards[shard], ranges, max_row_bytes)
         for number, (_, rows) in zip(numbers, passes, strict=True):
             yield number, rows
 

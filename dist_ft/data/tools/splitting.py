@@ -151,4 +151,4 @@ def _shuffle(indices: list[int], seed: int, value: str) -> np.ndarray:
 def _to_numbers(value: str) -> list[int]:
     """Return a text as integers, for `derive_seed`."""
     # not `hash`, which differs between processes
-    return list(value.encode())
+    return list(value.encode("utf-8", "surrogatepass"))

@@ -7,10 +7,11 @@ order; each shard is written whole or not at all. Shards that were written earli
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import encode_json
+from dist_ft.core.printable import printable_line
 from dist_ft.data.sources.discovery import Row
 from dist_ft.storage.filesystem import Store
 
@@ -66,7 +67,15 @@ def encode_parquet(rows: Sequence[Row]) -> bytes:
     columns = {}
     for name in names:
         columns[name] = [row.get(name) for row in rows]
-    table = pyarrow.table(columns)
+    try:
+        table = pyarrow.table(columns)
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        # Values of one column have different types, or are none that Arrow knows.
+        reason = printable_line(str(error).splitlines()[0])
+        raise DataError(
+            f"parquet: the rows cannot be written ({reason}). A column needs one type, and text "
+            "UTF-8. Write .jsonl, or repair the rows."
+        ) from error
 
     # checksums of pages: `sources.tables` verifies them, so damage does not become other rows
     buffer = io.BytesIO()
@@ -76,5 +85,4 @@ def encode_parquet(rows: Sequence[Row]) -> bytes:
 
 def encode_jsonl(rows: Sequence[Row]) -> bytes:
     """Return rows as JSON Lines in UTF-8."""
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
-    return "".join(lines).encode()
+    return b"".join(encode_json(row) + b"\n" for row in rows)

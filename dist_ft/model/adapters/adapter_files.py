@@ -10,9 +10,8 @@ Dimensions: T tokens of a row, P virtual tokens.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 
@@ -20,6 +19,7 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS, TuningSection
 from dist_ft.core.errors import CheckpointError, ModelError
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
+from dist_ft.storage.documents import read_local_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ def read_adapter_info(folder: str) -> AdapterInfo | None:
         return None
 
     # An export of a whole model has the file too, without the keys of an adapter.
-    info: AdapterInfo = json.loads(path.read_text("utf-8"))
+    info = cast(AdapterInfo, read_local_json_object(path))
     if "tuning" not in info:
         return None
     return info

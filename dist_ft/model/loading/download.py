@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dist_ft.core.errors import ModelError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable_line
 from dist_ft.storage import filesystem, places
+from dist_ft.storage.error_messages import UnusableFileError
+from dist_ft.storage.local_files import read_regular, require_regular_files
 
 log = logging.getLogger("dist_ft.model")
 CONFIG_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -85,6 +89,7 @@ def fetch_model(
         return _from_bucket(path, cache, weights)
     local = filesystem.local_path(path)
     if os.path.isdir(local):
+        _require_regular_files(local, path)
         return local
 
     # A hub name is org/name; anything else must be a folder and is not looked up on the hub.
@@ -110,6 +115,16 @@ def require_base_near(base: str, adapter: str) -> None:
             f"{places.not_followed('base.path', base, adapter)} Copy the base model to a folder, "
             "and name that as base.path in the adapter's dist_ft.json."
         )
+
+
+def _require_regular_files(folder: str, path: str) -> None:
+    """Raise ModelError if a file of a model's folder is a pipe, which loading would wait for."""
+    try:
+        require_regular_files(folder)
+    except UnusableFileError as error:
+        raise ModelError(
+            printable_line(redact(f"model.path={path}: {error}. Remove it from the folder."))
+        ) from error
 
 
 def _from_bucket(url: str, cache: Path, weights: bool) -> str:
@@ -318,7 +333,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _read_marker(path: Path) -> _Marker:
     """Return a marker's content; an empty one if it is absent, damaged, or of an older version."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = decode_json(read_regular(path))
     except (OSError, ValueError):
         return {}
     if not isinstance(content, dict) or not {"weights", "files"} <= content.keys():

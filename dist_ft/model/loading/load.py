@@ -21,12 +21,15 @@ from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
 from dist_ft.model.loading.download import fetch_model, require_base_near
 from dist_ft.model.model_task import model_task
+from dist_ft.storage.local_files import read_regular
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
+MAX_TEMPLATE_BYTES = 2**20
+"""Bytes of a chat template; those of models have at most some tens of KiB."""
 
 
 class LoadedModel(NamedTuple):
@@ -130,10 +133,12 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
 
     if section.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
-        except OSError as error:
+            template = read_regular(Path(section.chat_template), MAX_TEMPLATE_BYTES).decode()
+            tokenizer.chat_template = template
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise ModelError(
-                f"model.chat_template={section.chat_template}: cannot read it ({error.strerror}). "
+                f"model.chat_template={section.chat_template}: cannot read it ({reason}). "
                 "Give a file with a Jinja template."
             ) from error
 

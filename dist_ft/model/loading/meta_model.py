@@ -10,7 +10,6 @@ Dimensions: B rows of a batch, T tokens of a row.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -21,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import ModelSection, RunConfig, TaskSection
 from dist_ft.core.errors import ModelError, StorageError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import build_uninitialized_model
 from dist_ft.model.trainable_model import TrainableModel
 from dist_ft.storage import filesystem
+from dist_ft.storage.documents import MAX_BYTES
+from dist_ft.storage.local_files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -134,7 +136,7 @@ def _find_config(section: ModelSection, folder: str) -> str:
 
 def _from_bucket(url: str, folder: str) -> str:
     try:
-        content = filesystem.Store(url).read(CONFIG)
+        content = filesystem.Store(url).read_at_most(CONFIG, MAX_BYTES)
     except StorageError as error:
         raise ModelError(
             redact(
@@ -170,8 +172,7 @@ def _from_hub(name: str, revision: str | None) -> str:
 def _check_json(file: str, shown_path: str) -> None:
     """Raise ModelError unless `file` is the config of a model."""
     try:
-        with open(file, encoding="utf-8") as lines:
-            content = json.load(lines)
+        content = decode_json(read_regular(file, MAX_BYTES))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{shown_path}: cannot read its config.json ({str(error)[:100]}). It must be JSON. "

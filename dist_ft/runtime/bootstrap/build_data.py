@@ -27,6 +27,7 @@ from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.model.loading.download import cache_folder
 from dist_ft.model.loading.load import load_tokenizer
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import make_task
 
@@ -245,7 +246,7 @@ def _synonyms(section: DataSection, store: Store) -> str:
     stored = f"{FOLDER}/synonyms.tsv"
     if not store.exists(stored):
         store.write(stored, read_synonym_file(path).encode())
-    return store.read(stored).decode()
+    return store.read_at_most(stored, MAX_LARGE_BYTES).decode()
 
 
 def _is_current(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
+from dist_ft.core.json_documents import encode_json
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import prompt_templates
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, RowLocation, discover_shards
+from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import make_task
 
@@ -45,7 +47,7 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
     On its first start, write and store them (rank 0 only).
     """
     if store.exists(TEMPLATES_FILE):
-        return tuple(json.loads(store.read(TEMPLATES_FILE)))
+        return read_json_texts(store, TEMPLATES_FILE)
 
     section = run.config.prompting
     samples = draw_examples(run, section.shots)
@@ -58,7 +60,7 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
         templates.append(prompt_templates.prepend_examples(template, examples, section.separator))
 
     # The finished templates, not the rows: no later start reads the training data for them.
-    store.write(TEMPLATES_FILE, json.dumps(templates, ensure_ascii=False).encode())
+    store.write(TEMPLATES_FILE, encode_json(templates))
     return tuple(templates)
 
 
@@ -95,8 +97,9 @@ def _training_rows(config: RunConfig) -> Iterator[tuple[RowLocation, Row]]:
     out_of_scope = config.evaluation.robustness.out_of_scope_label
     column = config.task.columns.label
 
+    iter_rows = partial(readers.iter_rows, max_row_bytes=config.data.max_row_bytes)
     for shard in chain.from_iterable(discover_shards(config.data.train)):
-        for number, row in enumerate(readers.iter_rows(shard), 1):
+        for number, row in enumerate(iter_rows(shard), 1):
             # A reader yields the error of a row, so that it can continue with the next row.
             if isinstance(row, DataError):
                 if config.data.bad_rows == "error":

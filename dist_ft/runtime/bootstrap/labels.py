@@ -7,7 +7,6 @@ With task.grow_head, the labels of the model's own head come first and keep thei
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -16,6 +15,7 @@ from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError, DataError
+from dist_ft.core.json_documents import encode_json
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.data.encoding import task_rows
@@ -24,6 +24,7 @@ from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.grow_head import grown_labels, own_labels
+from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 
 LABELS_FILE = "data/labels.json"
@@ -81,14 +82,14 @@ def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
     On its first start, find and store them (rank 0 only).
     """
     if store.exists(LABELS_FILE):
-        return tuple(json.loads(store.read(LABELS_FILE)))
+        return read_json_texts(store, LABELS_FILE)
 
     # A head that grows has labels of its own, so that one label in the data is enough.
     minimum = 1 if config.task.grow_head else 2
     labels = _training_labels(config, minimum)
 
     # Their order is that of the head's outputs: later starts must not sort new data again.
-    store.write(LABELS_FILE, json.dumps(labels, ensure_ascii=False).encode())
+    store.write(LABELS_FILE, encode_json(labels))
     return labels
 
 
@@ -115,10 +116,11 @@ def _training_labels(config: RunConfig, minimum: int) -> tuple[str, ...]:
 def collect_labels(config: RunConfig, sources: Sequence[Source]) -> set[str]:
     """Return the labels of the rows of `sources`; reads every row once."""
     task = data_task(config.task)
+    max_row_bytes = config.data.max_row_bytes
     labels = set[str]()
 
     for shard in chain.from_iterable(discover_shards(sources)):
-        for number, row in enumerate(readers.iter_rows(shard), 1):
+        for number, row in enumerate(readers.iter_rows(shard, max_row_bytes=max_row_bytes), 1):
             try:
                 if isinstance(row, DataError):
                     raise row

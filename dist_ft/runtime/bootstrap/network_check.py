@@ -29,6 +29,7 @@ from dist_ft.runtime.bootstrap.network_measurement import (
     measure_sums,
 )
 from dist_ft.runtime.machine import NodeDescription
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.network")
@@ -245,7 +246,7 @@ def stored_nodes(store: Store) -> tuple[str, ...] | None:
     try:
         if not store.exists(FILE):
             return None
-        return tuple(json.loads(store.read(FILE))["nodes"])
+        return tuple(read_json_object(store, FILE)["nodes"])
     except (ValueError, KeyError, TypeError, StorageError):
         # An unreadable report only costs another check.
         return None

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
+from dist_ft.core.printable import printable
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     LineKind,
@@ -215,4 +216,4 @@ def print_lines(console: Console, lines: Sequence[OutputLine]) -> None:
             # End the progress line first, or the log line would continue it.
             console.close()
             with contextlib.suppress(OSError):
-                print(redact(line.text), file=sys.stderr, flush=True)
+                print(printable(redact(line.text)), file=sys.stderr, flush=True)

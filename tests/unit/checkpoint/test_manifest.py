@@ -193,3 +193,13 @@ def test_folder_names(place):
 )
 def test_other_folder_names_are_not_checkpoints(name):
     assert manifests.parse_folder(name) is None
+
+
+@pytest.mark.parametrize("shape", [[-2, 3], [2, -3], [-1, -6], [2**60, 2**60], ["2"], [2.5], None])
+def test_shapes_that_no_tensor_has_are_rejected(shape):
+    content = altered(make(), lambda values: values["tensors"]["w"].update(shape=shape))
+    if shape == ["2"]:  # pydantic reads it as the number
+        assert manifests.parse_manifest(content, "m").tensors["w"].shape == (2,)
+        return
+    with pytest.raises(CheckpointError, match=r"^m: not a valid manifest \(tensors.w.shape"):
+        manifests.parse_manifest(content, "m")

@@ -62,6 +62,7 @@ def test_the_identity_of_a_run():
         "data.temperature": None,
         "data.mixing": [],
         "data.bad_rows": "error",
+        "data.max_row_mib": 64,
         "data.block_mib": 16,
         "data.shuffle_blocks": 16,
         "data.overlong": "error",

@@ -155,7 +155,7 @@ def test_crd_files_of_all_forms_are_loaded(tmp_path, name, text):
     ("name", "text", "problem"),
     [
         ("a.yaml", "a: [", "cannot be read (ParserError). CRDs must be YAML or JSON"),
-        ("a.json", "{", "cannot be read (JSONDecodeError). CRDs must be YAML or JSON"),
+        ("a.json", "{", "cannot be read (ValueError). CRDs must be YAML or JSON"),
         (
             "a.yaml",
             "kind: Namespace",

@@ -40,7 +40,7 @@ def test_folder_that_only_lists_files_needs_no_kustomize(tmp_path, monkeypatch):
         ({"a.yaml": "a: 1\nb: [\n"}, "a.yaml line 3: is not valid YAML"),
         (
             {"a.yaml": "kind: X\nkind: Y\n"},
-            "a.yaml line 2: is not valid YAML (duplicate key 'kind'). Correct it",
+            "a.yaml line 2: duplicate key 'kind' (first in line 1). Each key is allowed once. Remove one",
         ),
         ({"a.yaml": "- 1\n"}, "a document is a list. A manifest must be a mapping"),
         (

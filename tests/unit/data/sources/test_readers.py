@@ -17,7 +17,7 @@ from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError
 from dist_ft.data.block import END_OF_SHARD, ShardRange, group_into_blocks
 from dist_ft.data.sources import lines, ranged_reads, readers, tables
-from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.storage.filesystem import Store
 
 ROWS = [{"text": f"row {i} " + "é" * (i * 7 % 50), "n": str(i)} for i in range(200)]
@@ -263,8 +263,9 @@ def test_late_range_of_an_arrow_file_does_not_hold_earlier_batches(monkeypatch):
             num_alive.append(sum(one() is not None for one in alive))
             yield tables._Batch(number, batch)
 
+    shard = Shard("a.arrow", "arrow", 1, "1")
     ((_, table),) = tables._regroup_by_range(
-        batches(), [ShardRange(0, 95, 97, 0)], pa.schema([("n", pa.int64())])
+        shard, batches(), [ShardRange(0, 95, 97, 0)], pa.schema([("n", pa.int64())])
     )
     assert table.to_pylist() == [{"n": 95}, {"n": 96}] and max(num_alive) <= 4
 
@@ -313,4 +314,4 @@ def test_number_with_too_many_digits_is_a_bad_row(tmp_path):
     assert rows[::2] == [
         {"a": 1},
         {"a": 3},
-    ] and "a.jsonl row 2: is not JSON (Exceeds the limit" in str(rows[1])
+    ] and "a.jsonl row 2: is not JSON (a number of thousands of digits" in str(rows[1])

@@ -50,7 +50,7 @@ def test_unknown_columns_are_refused():
         ({"text": "x"}, "has no column 'messages'. Its columns: text. Set data.fields.messages"),
         (
             {"messages": "hi"},
-            r"messages is text and not JSON \(Expecting value\). It must be a list of \{role, content\}",
+            r"messages is text and not JSON \(Expecting value at column 1\). It must be a list of \{role, content\}",
         ),
         (
             {"messages": []},
