@@ -12,7 +12,7 @@ import sys
 from dist_ft.core.errors import DistFtError, explain_library_error
 
 
-def report_error(error: Exception) -> int:
+def report_error(error: BaseException) -> int:
     """Print `error` for the user and return the exit code."""
     if isinstance(error, DistFtError):
         return _print_failure(_message(error), error.exit_code, error)
@@ -54,7 +54,7 @@ def _print_failure(text: str, code: int, error: BaseException) -> int:
     return code
 
 
-def _unexpected(error: Exception) -> str:
+def _unexpected(error: BaseException) -> str:
     """Save the traceback to a file and return the message that names it."""
     import tempfile
     import traceback

@@ -29,6 +29,7 @@ from dist_ft.cli import (
 )
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import Interrupted
+from dist_ft.core.native_errors import is_panic
 
 app = typer.Typer(
     name="dist-ft",
@@ -100,5 +101,8 @@ def main() -> None:
         app()
     except SystemExit as end:
         failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except Exception as error:
+    except BaseException as error:
+        # A panic of native code is no Exception, and a failure like any other.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         failures.leave(failures.report_error(error))
