@@ -32,9 +32,10 @@ from dist_ft.config.sections.tuning import ADAPTER_METHODS
 from dist_ft.core.errors import CheckpointError
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
-from dist_ft.model.adapters.adapter_files import INFO_FILE
 from dist_ft.model.loading.load import extra_model_kwargs, model_from_config, probe_outputs
-from dist_ft.storage.documents import read_local_json_object
+from dist_ft.pretrained import export_info, pretrained_model
+from dist_ft.pretrained.export_info import INFO_FILE
+from dist_ft.pretrained.pretrained_model import Source
 from dist_ft.storage.filesystem import Store
 
 MAX_ROUNDING_ERRORS = 16
@@ -198,7 +199,7 @@ def _base_model(store: Store) -> _BaseModel:
 
 def read_exported_task(folder: Path) -> TaskSection:
     """Return the task of the model in an exported folder."""
-    info = read_local_json_object(folder / INFO_FILE)
+    info = dict(export_info.read_export_info(folder, str(folder)))
     return load_stored_section(info, "task", TaskSection, str(folder / INFO_FILE))
 
 
@@ -214,13 +215,13 @@ def _check_round_trip(model: Any, task: TaskSection, folder: Path) -> None:
         expected = probe_outputs(model)
 
         # By transformers alone, as a user of the folder loads it.
-        result: Any = heads.auto_class(task).from_pretrained(
-            folder,
+        loaded, info = pretrained_model.read_model(
+            Source(str(folder), str(folder)),
+            heads.auto_class(task),
             dtype=model.dtype,
             output_loading_info=True,
             **extra_model_kwargs(model.config, task),
         )
-        loaded, info = result
 
         # Copy the weights from the memory-mapped file: its alignment changes the last bits.
         for tensor in (*loaded.parameters(), *loaded.buffers()):

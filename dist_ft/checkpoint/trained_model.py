@@ -24,6 +24,8 @@ from dist_ft.core.world import Collectives, World
 from dist_ft.metrics import best as best_metric
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import model_from_config, probe_outputs
+from dist_ft.pretrained import pretrained_model
+from dist_ft.pretrained.pretrained_model import Source
 from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 
@@ -224,7 +226,6 @@ def load_checkpoint_model(
 ) -> CheckpointModel:
     """Return the model with the weights of a checkpoint; arguments as of `load_trained_model`."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -236,8 +237,9 @@ def load_checkpoint_model(
                 f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing. Every run stores its "
                 "model's config and tokenizer. Give the folder of a run (<storage>/<name>)."
             )
-        config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        source = Source(folder, store.redacted_url(MODEL_FOLDER))
+        config = pretrained_model.read_config(source)
+        tokenizer = pretrained_model.read_tokenizer(source)
 
     torch_dtype = config.dtype or torch.float32
     if dtype:

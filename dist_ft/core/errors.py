@@ -156,6 +156,14 @@ def explain_library_error(error: BaseException) -> WorkerError | None:
                 "remove zero.offload_optimizer and zero.offload_param."
             )
 
+        # Compared by name: each native module has a class of its own, and exports none.
+        if type(cause).__name__ == "PanicException":
+            return WorkerError(
+                f"native code of a library failed ({_matching_line(cause, ())}). The usual cause "
+                "is a tokenizer that does not fit a text, or a damaged file. Check the files of "
+                "model.path and the texts."
+            )
+
         # Only RuntimeError, which gloo and NCCL raise: an OSError with one of these texts comes
         # from storage or another server.
         peer_gone = any(pattern in text for pattern in _PEER_GONE)

@@ -16,26 +16,10 @@ import torch
 
 from dist_ft.core.errors import ModelError
 from dist_ft.engine.base import StateSlice
-from dist_ft.storage.documents import read_local_json_object
+from dist_ft.pretrained import weight_files
 
 MAX_COMPARED = 256
 """Elements compared per slice: enough to distinguish weights from noise, and fast for any model."""
-
-
-def files_by_tensor(folder: str) -> dict[str, Path]:
-    """Return the safetensors file of a model folder that contains each tensor."""
-    from safetensors import safe_open
-
-    index = Path(folder) / "model.safetensors.index.json"
-    if index.exists():
-        file_names = read_local_json_object(index)["weight_map"]
-        return {name: Path(folder) / file_name for name, file_name in file_names.items()}
-
-    files: dict[str, Path] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    return files
 
 
 def verify_weights(
@@ -60,9 +44,7 @@ def verify_weights(
     Raises:
         ModelError: a weight differs.
     """
-    from safetensors import safe_open
-
-    files = files_by_tensor(folder)
+    files = weight_files.files_by_tensor(folder, f"model.path={folder}")
     num_compared = 0
     for part in state:
         if part.key not in ("param", "frozen") or part.numel == 0:
@@ -72,7 +54,7 @@ def verify_weights(
         if not name:
             continue
 
-        with safe_open(files[name], framework="pt") as file:
+        with weight_files.open_weights(files[name], folder) as file:
             num_elements = min(MAX_COMPARED, part.numel)
             expected = _read_elements(file.get_slice(name), part.offset, num_elements)
 

@@ -11,7 +11,6 @@ from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import PromptingSection
 from dist_ft.config.task_facts import task_class
-from dist_ft.core.errors import ModelError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
 from dist_ft.runtime.bootstrap.labels import resolve_labels
@@ -88,20 +87,12 @@ def has_own_head(run: ResolvedRun) -> bool:
 
 def _model_config(run: ResolvedRun) -> Any:
     """Return the config.json of the run's model, whatever its task."""
-    from transformers import AutoConfig
-
     from dist_ft.model.loading.download import fetch_model
+    from dist_ft.pretrained import pretrained_model
 
     # Without the weights, so that a model that cannot do the task is refused before they are
     # downloaded.
     model = run.model
     folder = fetch_model(model.path, model.revision, run.config.data.cache_dir, weights=False)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        # Messages of transformers have several lines; the first says what is wrong.
-        reason = str(error).splitlines()[0][:100]
-        raise ModelError(
-            f"model.path={model.path}: is not a model folder ({reason}). A folder that "
-            "save_pretrained or `dist-ft export` writes is needed. Correct the path."
-        ) from error
+    source = pretrained_model.Source(folder, f"model.path={model.path}", model.trust_remote_code)
+    return pretrained_model.read_config(source)

@@ -10,8 +10,10 @@ import torch
 from dist_ft.checkpoint import initial_weights
 from dist_ft.config.schema import ModelSection
 from dist_ft.config.sections.decoding import DecodingSection
+from dist_ft.core.errors import ModelError
 from dist_ft.model.generation import GenerationRequest, TextGenerator
 from dist_ft.model.loading.load import load_causal_lm, load_tokenizer
+from dist_ft.pretrained import chat_templates, tokenizing
 
 
 def answer(model: str, prompt: str, system: str | None, decoding: DecodingSection) -> list[str]:
@@ -53,7 +55,7 @@ def _encode_prompt(tokenizer: Any, prompt: str, system: str | None) -> list[int]
         text = prompt
         if system:
             text = f"{system}\n{prompt}"
-        return tokenizer(text)["input_ids"]
+        return _tokenize(tokenizer, text, add_special_tokens=True)
 
     turns = []
     if system:
@@ -61,5 +63,23 @@ def _encode_prompt(tokenizer: Any, prompt: str, system: str | None) -> list[int]
     turns.append({"role": "user", "content": prompt})
 
     # The template writes the special tokens itself; the tokenizer would add a second start token.
-    text = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        text = chat_templates.render(tokenizer, turns, add_generation_prompt=True)
+    except chat_templates.TemplateError as error:
+        raise ModelError(
+            f"--prompt: the chat template of the model refuses it ({error}). Only what the "
+            "template supports is allowed. Use another model, or correct its template."
+        ) from error
+    return _tokenize(tokenizer, text, add_special_tokens=False)
+
+
+def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
+    """Return the token ids of the prompt, at least one."""
+    try:
+        with tokenizing.tokenizing_errors():
+            ids = list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    except tokenizing.UntokenizableError as error:
+        raise ModelError(f"--prompt: {tokenizing.describe(error)}.") from error
+    if not ids:
+        raise ModelError("--prompt: gives no token. Text is needed. Write a longer prompt.")
+    return ids

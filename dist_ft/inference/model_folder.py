@@ -7,9 +7,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
-from dist_ft.checkpoint import export, initial_weights
+from dist_ft.checkpoint import initial_weights
 from dist_ft.config.load import load_stored_section
 from dist_ft.config.schema import ModelSection, TaskSection
 from dist_ft.config.sections.decoding import DecodingSection, format_strategy, parse_strategy
@@ -18,7 +18,9 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.load import load_task_model, load_tokenizer
-from dist_ft.storage.documents import read_local_json_object
+from dist_ft.pretrained import export_info, pretrained_model
+from dist_ft.pretrained.export_info import ExportInfo
+from dist_ft.pretrained.pretrained_model import Source
 
 log = logging.getLogger("dist_ft.predict")
 TASK_BY_CLASS_SUFFIX = {
@@ -58,25 +60,6 @@ class PredictionOptions:
 DEFAULT_OPTIONS = PredictionOptions()
 
 
-class FolderInfo(TypedDict, total=False):
-    """What an export writes next to a model (`export.INFO_FILE`).
-
-    Folders of other origin have none.
-
-    Attributes:
-        task, prompting: sections of the run's config, with labels and examples.
-        attention: implementation the model was trained with.
-        prompt_template: how a prompt was written without a chat template.
-        sequence_length: sequence length of the training, in tokens.
-    """
-
-    task: dict[str, Any]
-    prompting: dict[str, Any]
-    attention: str
-    prompt_template: str
-    sequence_length: int | None
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with its tokenizer, ready for inference.
@@ -91,7 +74,7 @@ class LoadedModel:
     tokenizer: Any
     task: TaskSection
     prompting: PromptingSection
-    info: FolderInfo
+    info: ExportInfo
 
 
 def load_folder(path: str, device: str) -> LoadedModel:
@@ -101,11 +84,8 @@ def load_folder(path: str, device: str) -> LoadedModel:
     """
     location = initial_weights.resolve_model_section(ModelSection(path=path)).path
     folder = fetch_model(location)
-    info_file = Path(folder) / export.INFO_FILE
-    info: FolderInfo = {}
-    if info_file.exists():
-        info = cast(FolderInfo, read_local_json_object(info_file))
-
+    info = export_info.read_export_info(folder, f"model.path={path}")
+    info_file = Path(folder) / export_info.INFO_FILE
     prompting = load_stored_section(
         cast("dict[str, Any]", info), "prompting", PromptingSection, str(info_file)
     )
@@ -165,7 +145,7 @@ def detect_task(config: Any, path: str) -> TaskSection:
     # In the order of the outputs, which that of the JSON need not be.
     labels = ()
     if task_class(name).has_labels:
-        labels = tuple(label for _, label in sorted((config.id2label or {}).items()))
+        labels = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
 
     return TaskSection.model_validate({"name": name, "labels": labels})
 
@@ -185,19 +165,10 @@ def _local_folder(path: str) -> str:
 
 
 def _read_task(
-    path: str, folder: str, info: FolderInfo, prompting: PromptingSection
+    path: str, folder: str, info: ExportInfo, prompting: PromptingSection
 ) -> TaskSection:
     """Return the task of the model in a folder, by its config.json and by what an export adds."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise ModelError(
-            f"model.path={path}: is not a model folder ({reason}). A folder that `dist-ft export` "
-            "writes is needed. Export the run first."
-        ) from error
+    config = pretrained_model.read_config(Source(folder, f"model.path={path}"))
 
     # The files of a prompted model are those of a causal model: they know neither task nor labels.
     stored = cast("dict[str, Any]", info)

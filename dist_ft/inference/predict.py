@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from dist_ft.core.errors import DataError, DistFtError, ModelError
+from dist_ft.core.native_errors import is_panic
 from dist_ft.data.sources.discovery import Row
 from dist_ft.inference.few_shot import PromptedClassifier
 from dist_ft.inference.model_folder import (
@@ -24,6 +26,7 @@ from dist_ft.inference.model_folder import (
 )
 from dist_ft.model import heads
 from dist_ft.model.adapters import soft_prompts
+from dist_ft.pretrained import chat_templates, tokenizing
 from dist_ft.tasks.base import make_task
 from dist_ft.tasks.inference_rows import read_inference_text
 
@@ -76,6 +79,25 @@ class Predictor:
         The keys depend on the task: label and score, tokens and tags, answer and score, embedding,
             text, or response.
         """
+        try:
+            return self._predict(rows, start)
+        except (DistFtError, MemoryError):
+            raise
+        except BaseException as error:
+            # A text that the tokenizer cannot take is the usual cause; then the row is named.
+            if isinstance(error, Exception) or is_panic(error):
+                self._check_texts(rows, start)
+            raise
+
+    def _check_texts(self, rows: Sequence[Row], start: int) -> None:
+        """Raise DataError for the first row that the tokenizer cannot take."""
+        for number, row in enumerate(rows, start + 1):
+            error = tokenizing.find_error(self.tokenizer, row)
+            if error is not None:
+                raise DataError(f"row {number}: {tokenizing.describe(error)}.")
+
+    def _predict(self, rows: Sequence[Row], start: int) -> list[dict[str, Any]]:
+        """See `predict`."""
         import torch
 
         if self.task.generates_text:
@@ -172,6 +194,10 @@ class Predictor:
 
     def _chat_prompt(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        try:
+            return chat_templates.render(self.tokenizer, messages, add_generation_prompt=True)
+        except chat_templates.TemplateError as error:
+            raise ModelError(
+                f"the chat template of the model refuses a prompt ({error}). Only what the "
+                "template supports is allowed. Use another model, or correct its template."
+            ) from error

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dist_ft.core.errors import MAX_LINE, DistFtError
+from dist_ft.core.native_errors import is_panic
+from dist_ft.core.printable import printable_line
 from dist_ft.data.sources.discovery import Row
 
 Prediction = dict[str, Any]
@@ -64,7 +66,7 @@ def find_row_problem(row: Row) -> str | None:
             # JSON can write half of a character that is a pair in UTF-16.
             code = ord(text[error.start])
             return (
-                f"'{escape(column)}' has half a character (U+{code:04X}) at position "
+                f"'{printable_line(column)}' has half a character (U+{code:04X}) at position "
                 f"{error.start}, which is no text. Only whole characters are allowed. Remove it."
             )
 
@@ -129,14 +131,14 @@ def _answer_alone(predict: Predict, rows: list[Row]) -> list[Prediction] | Excep
     try:
         return list(predict(rows))
     except DistFtError as error:
-        return RequestError(escape(str(error)))
+        return RequestError(printable_line(str(error)))
     except BaseException as error:
         _require_caught(error)
         if not _is_of_row(error):
             assert isinstance(error, Exception)
             return error
         first_line = (str(error).splitlines() or [""])[0]
-        reason = escape(f"{type(error).__name__}: {first_line}"[:MAX_LINE])
+        reason = printable_line(f"{type(error).__name__}: {first_line}"[:MAX_LINE])
         return RequestError(
             f"the model cannot read a row ({reason}). Check its columns and the type of their "
             "values."
@@ -145,13 +147,8 @@ def _answer_alone(predict: Predict, rows: list[Row]) -> list[Prediction] | Excep
 
 def _require_caught(error: BaseException) -> None:
     """Raise an error again that ends the process, such as KeyboardInterrupt."""
-    if not isinstance(error, Exception) and not _is_panic(error):
+    if not isinstance(error, Exception) and not is_panic(error):
         raise error
-
-
-def _is_panic(error: BaseException) -> bool:
-    # Native code of tokenizers panics on some texts. Python sees no Exception then.
-    return type(error).__name__ == "PanicException"
 
 
 def _is_of_row(error: BaseException) -> bool:
@@ -161,14 +158,4 @@ def _is_of_row(error: BaseException) -> bool:
 
     # of a chat template, which may refuse messages
     is_of_template = any(base.__module__.startswith("jinja2") for base in type(error).__mro__)
-    return is_of_template or _is_panic(error)
-
-
-def escape(text: str) -> str:
-    """Return a text without characters that cannot be sent or shown."""
-    escaped = []
-    for character in text:
-        if not character.isprintable():
-            character = repr(character)[1:-1]
-        escaped.append(character)
-    return "".join(escaped)
+    return is_of_template or is_panic(error)

@@ -23,6 +23,7 @@ from transformers import LogitsProcessor
 from dist_ft.config.sections.decoding import DecodingSection
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.seeds import derive_seed
+from dist_ft.model import generation_checks
 from dist_ft.model.adapters import soft_prompts
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class TextGenerator:
                 positions, or a repetition penalty meets virtual tokens.
         """
         is_encoder_decoder = model.config.is_encoder_decoder
+        generation_checks.check_vocabulary(model, requests)
         rows = self._repeat_for_draws(requests)
         config = self._generation_config(model)
 
@@ -103,7 +105,8 @@ class TextGenerator:
         self.check_length(model, longest)
         if virtual is not None and virtual.ids:
             self._check_repetition_penalty(is_encoder_decoder)
-            rows = [_prepend_ids(row, virtual.ids) for row in rows]
+            ids = [np.concatenate([virtual.ids, row.ids]).astype(np.int64) for row in rows]
+            rows = [replace(row, ids=row_ids) for row, row_ids in zip(rows, ids, strict=True)]
 
         # Causal models are padded on the left, so that every row continues at the same position.
         pad_id: Any = config.pad_token_id
@@ -116,13 +119,14 @@ class TextGenerator:
             rows, first_position, stops, is_encoder_decoder, on_token
         )
 
-        output = model.generate(  # type: ignore[operator]
-            input_ids=padded.ids.to(model.device),
-            attention_mask=padded.mask.to(model.device),
-            generation_config=config,
-            logits_processor=processors,
-            synced_gpus=synced,
-        )
+        with generation_checks.generation_errors():
+            output = model.generate(  # type: ignore[operator]
+                input_ids=padded.ids.to(model.device),
+                attention_mask=padded.mask.to(model.device),
+                generation_config=config,
+                logits_processor=processors,
+                synced_gpus=synced,
+            )
 
         new_tokens = output[:, first_position:].tolist()
         generations = [_cut_at_stop(tokens, stops, include_end) for tokens in new_tokens]
@@ -209,7 +213,7 @@ class TextGenerator:
         # Masks hide padding, so any token will do for a model that has no token of its own for it.
         own_pad = getattr(model.generation_config, "pad_token_id", None)
         pads = (self._tokenizer.pad_token_id, own_pad, *sorted(stops), 0)
-        pad_id = next(pad for pad in pads if pad is not None)
+        pad_id = generation_checks.first_token(model, pads)
 
         # The limit must not cut a choice.
         max_new_tokens = section.max_new_tokens
@@ -384,11 +388,6 @@ def pad_rows(rows: Sequence[np.ndarray], pad: int, left: bool) -> PaddedRows:
         ids[number, place] = torch.from_numpy(np.asarray(row, dtype=np.int64))
         mask[number, place] = 1
     return PaddedRows(ids, mask)
-
-
-def _prepend_ids(request: GenerationRequest, ids: Sequence[int]) -> GenerationRequest:
-    """Return a request with `ids` before its prompt."""
-    return replace(request, ids=np.concatenate([ids, request.ids]).astype(np.int64))
 
 
 def _cut_at_stop(tokens: list[int], stops: set[int], include_end: bool) -> list[int]:

@@ -24,6 +24,8 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.model.loading import int8
 from dist_ft.model.loading.load import probe_outputs
+from dist_ft.pretrained import pretrained_model
+from dist_ft.pretrained.pretrained_model import Source
 from dist_ft.runs import model_card, stored_run
 from dist_ft.runs.model_card import BeforeAfter
 from dist_ft.storage import filesystem
@@ -166,15 +168,14 @@ def compare(before: Path, after: Path, config: RunConfig | None) -> dict[str, Be
 
 
 def _load(folder: Path) -> Any:
-    from transformers import AutoConfig
-
     from dist_ft.model import heads
     from dist_ft.model.loading.load import extra_model_kwargs
 
-    config = AutoConfig.from_pretrained(folder)
+    source = Source(str(folder), str(folder))
+    config = pretrained_model.read_config(source)
     task = export.read_exported_task(folder)
-    model: Any = heads.auto_class(task).from_pretrained(
-        folder, dtype=config.dtype, **extra_model_kwargs(config, task)
+    model: Any = pretrained_model.read_model(
+        source, heads.auto_class(task), dtype=config.dtype, **extra_model_kwargs(config, task)
     )
     return model.eval()
 

@@ -16,6 +16,7 @@ ROOMS = (
     "storage",
     "config",
     "metrics",
+    "pretrained",
     "data",
     "model",
     "tasks",
@@ -45,6 +46,7 @@ SUBFOLDERS = {
         "checks",
         ".",
     ),
+    "pretrained": (".", "pretrained_model"),
     "data": (".", "sampling", "sources", "encoding", "blocks", "batching", "tools"),
     "model": ("model_task", "heads", "losses", "adapters", ".", "loading"),
     "runtime": ("machine", "bootstrap", "local", "elastic", "preflight", "ray_backend"),
@@ -287,6 +289,103 @@ def test_nothing_is_unpickled(path):
                 "cloudpickle.load",
                 "cloudpickle.loads",
             ), f"{path}: line {node.lineno}: {called}"
+
+
+LOADING_METHODS = {"from_pretrained", "from_config", "from_file", "from_buffer"}
+"""Methods of transformers, peft and tokenizers that read what others wrote."""
+LOADING_FUNCTIONS = {
+    "safe_open",
+    "load_file",
+    "snapshot_download",
+    "hf_hub_download",
+    "cached_file",
+    "apply_chat_template",
+    "render_jinja_template",
+    "_compile_jinja_template",
+    "ImmutableSandboxedEnvironment",
+    "SandboxedEnvironment",
+}
+LOADING_DOORS = {
+    "pretrained/pretrained_model.py": {"from_pretrained", "from_config"},
+    "pretrained/weight_files.py": {"safe_open"},
+    "pretrained/chat_templates.py": {
+        "apply_chat_template",
+        "render_jinja_template",
+        "_compile_jinja_template",
+    },
+    "pretrained/template_environment.py": {"ImmutableSandboxedEnvironment"},
+    "model/loading/download.py": {"snapshot_download"},
+    "model/loading/meta_model.py": {"hf_hub_download"},
+}
+"""Modules that may read what others wrote, and how."""
+
+
+OWN_CLASSES = {
+    node.name for path in PATHS for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)
+}
+
+
+def loading_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each use of a function that reads a model, tokenizer or template."""
+    for node in ast.walk(tree):
+        name = ""
+        if isinstance(node, ast.Attribute):
+            # `Regularizers.from_config` and the like are constructors of our own classes.
+            is_own = ast.unparse(node.value).split(".")[-1] in OWN_CLASSES | {"cls"}
+            if (node.attr in LOADING_METHODS and not is_own) or node.attr in LOADING_FUNCTIONS:
+                name = node.attr
+        elif isinstance(node, ast.Name) and node.id in LOADING_FUNCTIONS:
+            name = node.id
+        elif isinstance(node, ast.Constant) and node.value in LOADING_METHODS | LOADING_FUNCTIONS:
+            name = str(node.value)  # by getattr, perhaps
+        if name:
+            yield node.lineno, name
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(str(path.relative_to(PACKAGE.parent)) for path in MODULES),
+        *(
+            str(path.relative_to(PACKAGE.parent))
+            for folder in ("docs", "configs", "k8s")
+            for path in sorted((PACKAGE.parent / folder).rglob("*.py"))
+        ),
+    ],
+)
+def test_one_door_for_models(file):
+    """Models, tokenizers, configs, adapters and templates of others are read in one place."""
+    allowed = LOADING_DOORS.get(file.removeprefix("dist_ft/"), set())
+    tree = ast.parse((PACKAGE.parent / file).read_text())
+    for line, name in loading_calls(tree):
+        assert name in allowed, f"{file}:{line}: {name}; use dist_ft/pretrained/"
+
+
+def test_the_door_says_whether_code_may_run():
+    """Each call of the door passes trust_remote_code, or reads what has no code."""
+    path = "pretrained/pretrained_model.py"
+    without_code = ("GenerationConfig.from_pretrained", "PeftModel.from_pretrained")
+    for node in ast.walk(parse(path)):
+        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if not is_call or node.func.attr not in ("from_pretrained", "from_config"):
+            continue
+        keywords = {keyword.arg for keyword in node.keywords}
+        called = ast.unparse(node.func)
+        assert "trust_remote_code" in keywords or called in without_code, called
+
+
+def test_only_the_users_own_config_allows_code():
+    """Nothing but a section model, or False, is passed on as the permission to run code."""
+    for path in PATHS:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                value = ast.unparse(node.value)
+                names = (
+                    "section.trust_remote_code",
+                    "source.trust_remote_code",
+                    "trust_remote_code",
+                )
+                assert value in names, f"{path}:{node.value.lineno}: {value}"
 
 
 MOST_PARAMETERS = 7

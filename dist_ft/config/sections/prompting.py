@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from dist_ft.config.sections.section import Identity, Section, as_tuple
 from dist_ft.config.sections.task import TaskSection
+
+MAX_FIELDS = 100
+"""Places of a row's texts in one prompt."""
 
 
 def _as_words(value: Any) -> Any:
@@ -115,12 +119,41 @@ def _method(prompting: PromptingSection) -> Iterator[str]:
         )
 
 
+def template_problem(template: str) -> str | None:
+    """Return what is wrong with a prompt; None if only its fields are filled with texts.
+
+    A format string can also read attributes, and pad a text to any length.
+    """
+    shown = repr(template[:60])
+    remedy = "Only {text} and {pair} are allowed, other braces doubled ({{ and }}). Correct it."
+    try:
+        fields = list(Formatter().parse(template))
+    except ValueError as error:
+        return f"prompting.templates={shown}: {error}. {remedy}"
+
+    num_fields = 0
+    for _, name, spec, conversion in fields:
+        if name is None:
+            continue  # text after the last field
+        num_fields += 1
+        if name not in ("text", "pair") or spec or conversion:
+            return f"prompting.templates={shown}: has the field {{{name[:40]}}}. {remedy}"
+    if num_fields > MAX_FIELDS:
+        return f"prompting.templates={shown}: has more than {MAX_FIELDS} fields. Use fewer."
+    return None
+
+
 def _templates(prompting: PromptingSection) -> Iterator[str]:
     if prompting.method == "likelihood" and not prompting.templates:
         yield (
             "prompting.templates: not set. likelihood needs a prompt, such as "
             "'Review: {text}\\nSentiment:'. Write one."
         )
+
+    for template in prompting.templates:
+        problem = template_problem(template)
+        if problem is not None:
+            yield problem
 
     if prompting.method == "prototypes" and prompting.templates:
         yield (

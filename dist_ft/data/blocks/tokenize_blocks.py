@@ -265,16 +265,17 @@ def load_encoder(setup: EncoderSetup) -> Encoder:
     Raises:
         ModelError: the saved tokenizer does not give the same tokens.
     """
-    from transformers import AutoTokenizer
-
     from dist_ft.core import logs
+    from dist_ft.pretrained import pretrained_model
     from dist_ft.storage import filesystem
 
     # this process shares nothing with its parent but the environment
     logs.setup_logging(level="warning")
     filesystem.configure(setup["options"])
     data = DataSection.model_validate(setup["data"])
-    tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"])
+    tokenizer = pretrained_model.read_tokenizer(
+        pretrained_model.Source(setup["tokenizer"], "model.tokenizer")
+    )
 
     recipe = setup["recipe"]
     # The recipe has the field names of 0.1.0, as runs store a hash of it.

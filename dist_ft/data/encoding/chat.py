@@ -6,7 +6,7 @@ comparing renderings of the conversation cut before and after each answer. A tem
 neither is refused, never guessed. Rows are tokenized in batched calls. Rows are not truncated or
 dropped here.
 
-n is the number of samples, `sum` the number of their tokens, T the number of tokens of one.
+T is the number of tokens of a sample.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,9 +25,12 @@ from dist_ft.core.logs import redact
 from dist_ft.data.encoding import pretokenized
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import exact_backend, tokenizer_name
+from dist_ft.data.encoding.sample_tokens import TokenizedSamples, tokenize_samples
 from dist_ft.data.sources import row_formats
 from dist_ft.data.sources.discovery import Row, RowLocation
 from dist_ft.data.sources.row_formats import RenderedSample
+from dist_ft.pretrained import chat_templates, tokenizing
+from dist_ft.pretrained.tokenizing import UntokenizableError
 
 CHUNK_ROWS = 1024
 """Rows tokenized in one call."""
@@ -38,21 +40,9 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 Tokens must not depend on when they are created. It is the default of Llama's own templates when
 they have no such function.
 """
+MAX_ROLES = 8
+"""Roles that an error lists."""
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class TokenizedSamples(NamedTuple):
-    """Samples as tokens, one after the other.
-
-    Attributes:
-        tokens: (sum,) int32 token ids.
-        targets: (sum,) uint8: 1 where the token is a target.
-        lengths: (n,) int64: tokens of each sample.
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    lengths: np.ndarray
 
 
 class _Frame(NamedTuple):
@@ -152,12 +142,35 @@ class Encoder:
                 samples.append(RenderedSample("", [(0, 0)]))
 
         # a chat template writes its own special tokens
+        frame = _Frame([], [])
         has_template = self._template is not None
-        if format == "chat" or (format == "instruction" and has_template):
-            return tokenize_samples(self._backend, samples, [], [])
+        if format != "chat" and not (format == "instruction" and has_template):
+            frame = self._frame()
 
-        frame = self._frame()
+        try:
+            return tokenize_samples(self._backend, samples, frame.before, frame.after)
+        except UntokenizableError:
+            self._remove_untokenizable(samples, RowLocation(url, first), bad_rows)
         return tokenize_samples(self._backend, samples, frame.before, frame.after)
+
+    def _remove_untokenizable(
+        self, samples: list[RenderedSample], location: RowLocation, bad_rows: list[str]
+    ) -> None:
+        """Empty the samples that the tokenizer cannot take; `location` is that of the first.
+
+        Raises:
+            DataError: there is one, and data.bad_rows is error.
+        """
+        for number, sample in enumerate(samples):
+            try:
+                tokenize_samples(self._backend, [sample], [], [])
+            except UntokenizableError as cause:
+                row = RowLocation(location.shard_url, location.number + number)
+                error = row.error(f"{tokenizing.describe(cause)}, or set data.bad_rows=skip.")
+                if self.data.bad_rows == "error":
+                    raise error from cause
+                bad_rows.append(str(error))
+                samples[number] = RenderedSample("", [(0, 0)])
 
     def _render(self, row: Row, format: str, location: RowLocation) -> RenderedSample:
         """Return the text of a row and which of it is trained on."""
@@ -220,38 +233,21 @@ class Encoder:
         self, messages: list[Row], location: RowLocation, add_generation_prompt: bool = False
     ) -> str:
         """Render messages by the chat template."""
-        from jinja2 import TemplateError
-
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=with_fixed_date(self._template or ""),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            dated = with_fixed_date(self._template or "")
+            return chat_templates.render(self.tokenizer, messages, dated, add_generation_prompt)
+        except chat_templates.TemplateError as error:
             raise _template_error(messages, error, location) from error
 
     def _render_with_marks(
         self, messages: list[Row], template: str, location: RowLocation
     ) -> RenderedSample:
         """Render once; the targets are what the template itself marks."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                chat_template=with_fixed_date(template),
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            dated = with_fixed_date(template)
+            text, marks = chat_templates.render_with_marks(self.tokenizer, messages, dated)
+        except chat_templates.TemplateError as error:
             raise _template_error(messages, error, location) from error
-
-        (text,), (marks,) = rendered
 
         # A mark around the words alone excludes the token that ends the turn: add it.
         end_token = self.tokenizer.eos_token or "\0"
@@ -297,7 +293,9 @@ class Encoder:
 
 def _template_error(messages: list[Row], error: Exception, location: RowLocation) -> DataError:
     """Return the error for messages that the chat template refuses."""
-    roles = ", ".join(str(message["role"]) for message in messages)
+    roles = ", ".join(str(message["role"]) for message in messages[:MAX_ROLES])
+    if len(messages) > MAX_ROLES:
+        roles += ", ..."
     return location.error(
         f"the chat template refuses messages with roles {roles} ({error}). Only what the template "
         "supports is allowed. Change the rows, or name another template in model.chat_template."
@@ -308,91 +306,11 @@ def with_fixed_date(template: str) -> str:
     """Return a template that renders as `template` does on `TEMPLATE_DATE`.
 
     `template` itself, used elsewhere, still gets the true date.
-    """
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    Raises:
+        chat_templates.TemplateError: it cannot be compiled.
+    """
     # The comment makes it another text, so that the library compiles and caches it separately.
     dated = "{# on a fixed date #}\n" + template
-    _compile_jinja_template(dated).globals["strftime_now"] = TEMPLATE_DATE.strftime
+    chat_templates.compile_template(dated).globals["strftime_now"] = TEMPLATE_DATE.strftime
     return dated
-
-
-def tokenize_samples(
-    backend: Any, samples: Sequence[RenderedSample], before: Sequence[int], after: Sequence[int]
-) -> TokenizedSamples:
-    """Tokenize samples in one call and put ids around each.
-
-    The ids `before` are targets only if all tokens are. The ids `after` end an answer and are
-    targets. An empty text gives no token at all.
-
-    Args:
-        backend: the backend of `exact_backend`.
-        samples: n texts with their target spans.
-        before: ids before each sample.
-        after: ids after each sample.
-    """
-    texts = [sample.text for sample in samples]
-    has_spans = any(sample.spans != [(0, len(sample.text))] for sample in samples)
-    encode = backend.encode_batch_fast
-    if has_spans:
-        encode = backend.encode_batch  # only this one reports the character ranges of tokens
-    encodings = encode(texts, add_special_tokens=False)
-
-    # filled from iterators: lists of all tokens as Python objects would be many times larger
-    lengths = np.fromiter(map(len, encodings), np.int64, len(texts))
-    total = int(lengths.sum())
-    ids = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32, total)
-    is_target = np.ones(total, dtype=np.uint8)
-    if has_spans:
-        numbers = chain.from_iterable(
-            chain.from_iterable(encoding.offsets for encoding in encodings)
-        )
-        ranges = np.fromiter(numbers, np.int64, 2 * total).reshape(-1, 2)  # (sum, 2)
-        is_target = mark_span_tokens(ranges, lengths, samples)
-
-    # Position of every text token among the framed samples: (sum,)
-    framed_lengths = np.where(lengths > 0, lengths + len(before) + len(after), 0)  # (n,)
-    starts = np.cumsum(framed_lengths) - framed_lengths
-    text_starts = np.cumsum(lengths) - lengths
-    positions = np.repeat(starts + len(before) - text_starts, lengths) + np.arange(total)
-
-    tokens = np.empty(int(framed_lengths.sum()), dtype=np.int32)
-    targets = np.full(len(tokens), int(not has_spans), dtype=np.uint8)
-    tokens[positions] = ids
-    targets[positions] = is_target
-
-    not_empty = lengths > 0
-    for i, token in enumerate(before):
-        tokens[starts[not_empty] + i] = token
-    for i, token in enumerate(after):
-        position = (starts + framed_lengths - len(after) + i)[not_empty]
-        tokens[position] = token
-        targets[position] = 1
-
-    return TokenizedSamples(tokens, targets, framed_lengths)
-
-
-def mark_span_tokens(
-    ranges: np.ndarray, lengths: np.ndarray, samples: Sequence[RenderedSample]
-) -> np.ndarray:
-    """Return uint8 (sum,): 1 where a token shares a character with a target span of its sample.
-
-    Args:
-        ranges: (sum, 2) character ranges of the tokens, each counted from the start of its own
-            sample.
-        lengths: (n,) tokens of each sample.
-        samples: n samples with their target spans.
-    """
-    # All texts side by side, with one character between them: mark where spans start and stop.
-    sizes = np.array([len(sample.text) + 1 for sample in samples], dtype=np.int64)
-    bases = np.cumsum(sizes) - sizes
-    changes = np.zeros(int(sizes.sum()) + 1, dtype=np.int32)
-    for base, sample in zip(bases.tolist(), samples, strict=True):
-        for start, stop in sample.spans:
-            changes[base + start] += 1
-            changes[base + stop] -= 1
-
-    # num_inside[i]: target characters before character i. A token is a target if it adds any.
-    num_inside = np.concatenate([[0], np.cumsum(np.cumsum(changes) > 0)])
-    starts, stops = (ranges + np.repeat(bases, lengths)[:, None]).T
-    return (num_inside[stops] > num_inside[starts]).astype(np.uint8)

@@ -28,6 +28,7 @@ from dist_ft.data.encoding.prompt_templates import (
 from dist_ft.data.encoding.task_encoder import LabeledTokens, TaskEncoder
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources.discovery import RowLocation
+from dist_ft.pretrained.tokenizing import tokenizing_errors
 
 
 class PromptEncoder(TaskEncoder):
@@ -112,7 +113,8 @@ class PromptEncoder(TaskEncoder):
         texts = [
             fill_template(self._template_text, sample.first, sample.second) for sample in samples
         ]
-        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
+        with tokenizing_errors():
+            encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         prompts: list[list[int] | None] = [[*before, *encoding.ids] for encoding in encodings]
 
         max_tokens = self._max_prompt_tokens

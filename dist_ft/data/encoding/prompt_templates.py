@@ -10,9 +10,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from dist_ft.config.schema import PromptingSection
+from dist_ft.config.sections.prompting import template_problem
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.seeds import derive_seed
 from dist_ft.data.encoding.task_rows import Sample
@@ -60,8 +62,21 @@ class _Drawn(NamedTuple):
 
 def fill_template(template: str, text: str, pair: str | None = None) -> str:
     """Return a template filled with a row's texts, which may hold braces."""
+    require_prompt_template(template)
     # only the template's own braces are fields: `format` does not look into what it inserts
     return template.format(text=text, pair=pair or "")
+
+
+@lru_cache(maxsize=1024)
+def require_prompt_template(template: str) -> None:
+    """Refuse a template that `fill_template` cannot fill.
+
+    Raises:
+        ConfigError: it has other fields than {text} and {pair}.
+    """
+    problem = template_problem(template)
+    if problem is not None:
+        raise ConfigError([problem], "prompting")
 
 
 def verbalize(label: str, section: PromptingSection) -> str:
@@ -128,7 +143,7 @@ def tokenize_label(backend: Any, template: str, words: str) -> tuple[int, ...]:
     """
     # What follows the last text of the row. A template that ends with the row's text has no fixed
     # end: a letter stands for it.
-    filled = template.format(text="\0", pair="\0")
+    filled = fill_template(template, "\0", "\0")
     end = filled.rpartition("\0")[2] or "a"
 
     # Words alone would be tokenized as at the start of a text, with other tokens.

@@ -23,6 +23,8 @@ from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import exact_backend
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources.discovery import Row, RowLocation
+from dist_ft.pretrained import tokenizing
+from dist_ft.pretrained.tokenizing import UntokenizableError
 
 
 class TaskEncoder(Encoder):
@@ -85,7 +87,11 @@ class TaskEncoder(Encoder):
                 self._raise_or_skip(error, bad_rows)
 
         # One batched call for all rows that could be read.
-        encodings = self._tokenize(list(samples.values()))
+        try:
+            encodings = self._tokenize(list(samples.values()))
+        except UntokenizableError:
+            self._remove_untokenizable(samples, RowLocation(url, first), bad_rows)
+            encodings = self._tokenize(list(samples.values()))
         encoded = [LabeledTokens([], np.zeros(0, np.int32))] * len(rows)
         for (index, sample), encoding in zip(samples.items(), encodings, strict=True):
             try:
@@ -94,6 +100,19 @@ class TaskEncoder(Encoder):
                 self._raise_or_skip(error, bad_rows)
 
         return encoded
+
+    def _remove_untokenizable(
+        self, samples: dict[int, Sample], location: RowLocation, bad_rows: list[str]
+    ) -> None:
+        """Remove the samples that the tokenizer cannot take; `location` is the first row's."""
+        for index, sample in list(samples.items()):
+            try:
+                self._tokenize([sample])
+            except UntokenizableError as cause:
+                row = RowLocation(location.shard_url, location.number + index)
+                problem = f"{tokenizing.describe(cause)}, or set data.bad_rows=skip."
+                self._raise_or_skip(row.error(problem), bad_rows)
+                del samples[index]
 
     def _raise_or_skip(self, error: DataError, bad_rows: list[str]) -> None:
         """Raise the error of a row under data.bad_rows=error; else add it to `bad_rows`."""
@@ -132,12 +151,19 @@ class TaskEncoder(Encoder):
         return tokens
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[Any]:
-        """Return what `DataTask.tokenize` does for the samples."""
+        """Return what `DataTask.tokenize` does for the samples.
+
+        Raises:
+            UntokenizableError: the tokenizer cannot take one of them.
+        """
         if self._backend is None:
             backend = exact_backend(self.tokenizer)
             self.task.set_truncation(backend, self)
             self._backend = backend
-        return self.task.tokenize(samples, self._backend, self) if samples else []
+        if not samples:
+            return []
+        with tokenizing.tokenizing_errors():
+            return self.task.tokenize(samples, self._backend, self)
 
 
 _ENCODING_FIELDS = ("name", "columns", "labels", "stride")

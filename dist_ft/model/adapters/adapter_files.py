@@ -11,7 +11,7 @@ Dimensions: T tokens of a row, P virtual tokens.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,46 +19,16 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS, TuningSection
 from dist_ft.core.errors import CheckpointError, ModelError
 from dist_ft.model.adapters import added_layers, soft_prompts, tuning
-from dist_ft.storage.documents import read_local_json_object
+from dist_ft.pretrained import pretrained_model, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INFO_FILE = "dist_ft.json"
-"""File of an exported folder with the run's task, attention, prompt template and sequence length.
-
-Of an adapter it also holds `AdapterInfo`.
-"""
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_RELATIVE_DIFFERENCE = 1e-4
 """Allowed difference between written and read logits, relative to the largest."""
 VIRTUAL_TOKEN_KEY = "prompt_embeddings"
 """peft's key of the vectors of virtual tokens."""
-
-
-class AdapterInfo(TypedDict, total=False):
-    """Content of an adapter's `INFO_FILE` that loading needs.
-
-    Attributes:
-        tuning: the run's section tuning.
-        base: `path` and `revision` of the model the adapter belongs to.
-    """
-
-    tuning: dict[str, Any]
-    base: dict[str, Any]
-
-
-def read_adapter_info(folder: str) -> AdapterInfo | None:
-    """Return the info of an adapter's folder, None if the folder holds no adapter."""
-    path = Path(folder) / INFO_FILE
-    if not path.exists():
-        return None
-
-    # An export of a whole model has the file too, without the keys of an adapter.
-    info = cast(AdapterInfo, read_local_json_object(path))
-    if "tuning" not in info:
-        return None
-    return info
 
 
 def save_adapter(
@@ -183,29 +153,36 @@ def _holds_added(model: PreTrainedModel, name: str) -> bool:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str, info: AdapterInfo, task: TaskSection
+    model: PreTrainedModel, folder: str, section: TuningSection, task: TaskSection
 ) -> frozenset[str]:
     """Add the adapter in `folder` to its base model, merged where possible.
 
     Args:
         model: the base model, changed in place.
         folder: folder of the adapter.
-        info: content of the folder's `INFO_FILE`.
+        section: the method that added the weights.
         task: the adapter's task.
 
     Returns:
         Names of the model's own weights that were loaded.
 
     Raises:
-        ModelError: the model has no place for one of the weights.
+        ModelError: the weights cannot be read, or the model has no place for one of them.
     """
+    shown = f"model.path={folder}"
+    with pretrained_model.loading_errors(shown, "adapter"):
+        return _load_adapter(model, folder, section, task)
+
+
+def _load_adapter(
+    model: PreTrainedModel, folder: str, section: TuningSection, task: TaskSection
+) -> frozenset[str]:
+    """See `load_adapter`; raises any error of peft and torch."""
     from peft.utils import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     # The seed does not matter: all initial values are overwritten.
-    section = _section_to_load(info)
-    peft_model = tuning.apply_tuning(model, section, 0, task)
-    state = load_file(Path(folder) / WEIGHTS_FILE)
+    state = weight_files.load_weights(folder, WEIGHTS_FILE)
+    peft_model = tuning.apply_tuning(model, _section_to_load(section), 0, task)
 
     # First the model's own weights: peft, here without `modules_to_save`, has no place for them.
     parameters = dict(model.named_parameters())
@@ -242,9 +219,8 @@ def load_adapter(
     return frozenset(own_weights)
 
 
-def _section_to_load(info: AdapterInfo) -> TuningSection:
+def _section_to_load(section: TuningSection) -> TuningSection:
     """Return the section that adds the modules the adapter's files hold weights for."""
-    section = TuningSection.model_validate(info["tuning"])
     if section.method in PROMPT_METHODS:
         # The files hold the vectors, not the network that computed them.
         # So a prompt of P-tuning becomes one of prompt tuning.
@@ -311,12 +287,10 @@ def check_round_trip(
         # By peft itself where it can, since that is how others will read the folder.
         loaded: Any
         if section.method == "bottleneck":
-            load_adapter(empty, str(folder), {"tuning": section.model_dump(mode="json")}, task)
+            load_adapter(empty, str(folder), section, task)
             loaded = empty
         else:
-            from peft import PeftModel
-
-            loaded = PeftModel.from_pretrained(empty, str(folder))
+            loaded = pretrained_model.read_peft_adapter(empty, folder, str(folder))
 
         expected = probe_outputs(model, task, soft_prompts.find_virtual_tokens(model))
         outputs = probe_outputs(loaded.eval(), task, None)

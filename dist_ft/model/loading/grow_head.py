@@ -19,16 +19,20 @@ from typing import TYPE_CHECKING, Any
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
+from dist_ft.pretrained import pretrained_model, weight_files
+from dist_ft.pretrained.pretrained_model import Source
 
 if TYPE_CHECKING:
     import torch
 
 
+def _source(folder: str) -> Source:
+    return Source(folder, f"model.path={folder}")
+
+
 def own_labels(folder: str, task: TaskSection) -> tuple[str, ...]:
     """Return the labels of a model folder's head for `task`, in order; empty without one."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = pretrained_model.read_config(_source(folder))
     if not heads.has_head(config, task):
         return ()
 
@@ -99,7 +103,10 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
             # Renamed when complete, so that a crash leaves no partial folder.
             with tempfile.TemporaryDirectory(dir=cache, prefix=".grown-") as temporary:
                 copy = Path(temporary) / "model"
-                shutil.copytree(folder, copy)
+                copy.mkdir()
+                for name in pretrained_model.file_names(_source(folder)):
+                    (copy / name).parent.mkdir(exist_ok=True)
+                    shutil.copy2(Path(folder) / name, copy / name)
                 _grow_in_place(copy, task, own, seed)
                 copy.rename(target)
     return str(target)
@@ -107,19 +114,17 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
 
 def _grow_in_place(folder: Path, task: TaskSection, own: Sequence[str], seed: int) -> None:
     """Add rows to the head in `folder`."""
-    from safetensors import safe_open
     from safetensors.torch import save_file
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = pretrained_model.read_config(_source(str(folder)))
     missing = _weights_with_row_per_label(config, task, own)
     heads.set_labels(config, task.model_copy(update={"new_head": True}), str(folder))
     std = heads.init_std(config)
     new_labels = task.labels[len(own) :]
 
     # Only the files that hold a weight of the head are written again.
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
+    for path in weight_files.weight_files(folder, str(folder)):
+        with weight_files.open_weights(path, str(folder)) as file:
             names = set(file.keys()) & missing
             metadata = file.metadata()  # the format "pt", which some readers require
             if not names:
@@ -181,7 +186,7 @@ def _weight_shapes(
 
     # On the meta device, a model has shapes and takes no memory.
     with torch.device("meta"):
-        model = heads.auto_class(task).from_config(labeled_config)
+        model = pretrained_model.model_from_config(labeled_config, heads.auto_class(task))
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

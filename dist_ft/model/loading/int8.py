@@ -17,6 +17,8 @@ from dist_ft.core.errors import ConfigError, ModelError
 from dist_ft.core.logs import quiet_third_parties
 from dist_ft.model import heads
 from dist_ft.model.loading.load import extra_model_kwargs, probe_outputs
+from dist_ft.pretrained import pretrained_model
+from dist_ft.pretrained.pretrained_model import Source
 
 MAX_RELATIVE_DIFFERENCE = 1e-5
 """Allowed difference of logits, relative to the largest.
@@ -44,21 +46,22 @@ def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
         ModelError: the written model gives other logits when it is loaded again.
     """
     import torch
-    from transformers import AutoConfig, TorchAoConfig
+    from transformers import TorchAoConfig
 
     quiet_third_parties()
     require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig
 
-    config = AutoConfig.from_pretrained(source)
+    source_folder = Source(str(source), str(source))
+    config = pretrained_model.read_config(source_folder)
     model_class = heads.auto_class(task)
     kwargs = extra_model_kwargs(config, task)
 
     # transformers leaves embeddings and the output layer out by itself.
     dtype = config.dtype or torch.float32
     quantization = TorchAoConfig(Int8WeightOnlyConfig())
-    model: Any = model_class.from_pretrained(
-        source, dtype=dtype, quantization_config=quantization, **kwargs
+    model: Any = pretrained_model.read_model(
+        source_folder, model_class, dtype=dtype, quantization_config=quantization, **kwargs
     ).eval()
     model.save_pretrained(target)
 
@@ -70,7 +73,10 @@ def quantize_int8(source: Path, target: Path, task: TaskSection) -> None:
             shutil.copy2(item, target)
 
     # Against the quantized model, not the source: rounding changes the logits, writing must not.
-    loaded: Any = model_class.from_pretrained(target, dtype=dtype, **kwargs).eval()
+    target_folder = Source(str(target), str(target))
+    loaded: Any = pretrained_model.read_model(
+        target_folder, model_class, dtype=dtype, **kwargs
+    ).eval()
     expected, outputs = probe_outputs(model), probe_outputs(loaded)
     if (expected - outputs).abs().max() > MAX_RELATIVE_DIFFERENCE * expected.abs().max():
         raise ModelError(

@@ -1,26 +1,27 @@
 """Load models and tokenizers from a folder, a bucket or the hub, downloaded once per node.
 
-Guarantees: only safetensors are read (no pickles); code that comes with a model does not run unless
-the config allows it; a weight that is missing, of another shape or freshly initialized is an error.
-Does not move anything to a GPU.
+Guarantees, in addition to those of `pretrained_model`: a weight that is missing, of another shape
+or freshly initialized is an error; an adapter and its base model are read with the user's own
+options. Does not move anything to a GPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dist_ft.config.schema import ModelSection, TaskSection
-from dist_ft.core.errors import DistFtError, ModelError
+from dist_ft.core.errors import ModelError
 from dist_ft.core.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading import replace_head
 from dist_ft.model.loading.download import fetch_model, require_base_near
 from dist_ft.model.model_task import model_task
+from dist_ft.pretrained import export_info, pretrained_model
+from dist_ft.pretrained.pretrained_model import Source, loading_errors
 from dist_ft.storage.local_files import read_regular
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ log = logging.getLogger("dist_ft.model")
 CAUSAL_LM = TaskSection()
 MAX_TEMPLATE_BYTES = 2**20
 """Bytes of a chat template; those of models have at most some tens of KiB."""
+MAX_ADAPTERS = 8
+"""Adapters on top of each other."""
 
 
 class LoadedModel(NamedTuple):
@@ -44,34 +47,9 @@ class LoadedModel(NamedTuple):
     new_weights: frozenset[str]
 
 
-@contextlib.contextmanager
-def _loading_errors(section: ModelSection, what: str) -> Iterator[None]:
-    """Convert any error of transformers into a ModelError of one line."""
-    try:
-        yield
-    except DistFtError:
-        raise
-    except Exception as error:
-        # transformers has no types for these errors; only their text differs.
-        message = str(error)
-        first_line = message.strip().split("\n")[0]
-        hint = "Check that the folder holds what save_pretrained writes."
-        if "trust_remote_code" in message:
-            hint = (
-                "It needs to run code of its own: read that code, then set "
-                "model.trust_remote_code=true."
-            )
-        elif "flash" in message.lower():
-            hint = "Set model.attention=sdpa."
-        elif "attn_implementation" in message:
-            hint = "Set model.attention=eager."
-
-        raise ModelError(
-            redact(
-                f"model.path={section.path}: cannot load the {what} "
-                f"({type(error).__name__}: {first_line}). {hint}"
-            )
-        ) from error
+def _source(section: ModelSection, folder: str) -> Source:
+    """Return the folder of a section's model, with the user's permission to run its code."""
+    return Source(folder, redact(f"model.path={section.path}"), section.trust_remote_code)
 
 
 def read_config(
@@ -82,11 +60,9 @@ def read_config(
     Raises:
         ModelError: the model is absent, cannot do the task, or has a head for other labels.
     """
-    from transformers import AutoConfig
-
     folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
-    with _loading_errors(section, "config"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    source = _source(section, folder)
+    config = pretrained_model.read_config(source)
 
     # A model with code of its own may do a task that transformers does not list.
     has_own_code = section.trust_remote_code and hasattr(config, "auto_map")
@@ -94,9 +70,10 @@ def read_config(
         message = heads.unsupported_task_error(config, task)
         raise ModelError(f"model.path={section.path}: {message}")
 
-    heads.set_labels(config, task, section.path)
+    with loading_errors(source.shown, "labels"):
+        heads.set_labels(config, task, section.path)
     if section.dropout is not None:
-        with _loading_errors(section, f"config with model.dropout={section.dropout}"):
+        with loading_errors(source.shown, f"config with model.dropout={section.dropout}"):
             set_dropout(config, section.dropout)
     return config
 
@@ -122,14 +99,9 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
         ModelError: the tokenizer or the template cannot be read, or the tokenizer has no fast
             version.
     """
-    from transformers import AutoTokenizer
-
     path = section.tokenizer or section.path
     folder = fetch_model(path, section.revision, cache_dir, weights=False)
-    with _loading_errors(section, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=section.trust_remote_code
-        )
+    tokenizer = pretrained_model.read_tokenizer(_source(section, folder))
 
     if section.chat_template is not None:
         try:
@@ -157,11 +129,20 @@ def load_causal_lm(section: ModelSection, cache_dir: str | None = None) -> PreTr
 
 
 def load_task_model(
-    task: TaskSection, section: ModelSection, cache_dir: str | None = None
+    task: TaskSection,
+    section: ModelSection,
+    cache_dir: str | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> LoadedModel:
     """Return the model for `task` in `model.dtype`.
 
     Its weights are on the CPU, or where the surrounding context (zero.Init) puts them.
+
+    Args:
+        task: what the model is for.
+        section: names the model.
+        cache_dir: where downloads are stored.
+        adapters: folders of the adapters whose base model this is.
 
     Raises:
         ModelError: the model cannot be loaded, or a weight that is not a new head's is missing.
@@ -173,27 +154,26 @@ def load_task_model(
     transformers_logging.set_verbosity_error()  # we report the weights ourselves, in one line
 
     folder = fetch_model(section.path, section.revision, cache_dir)
-    info = adapter_files.read_adapter_info(folder)
+    source = _source(section, folder)
+    info = export_info.read_adapter_info(folder, source.shown)
     if info is not None:
-        return _load_with_adapter(task, section, cache_dir, info, folder)
+        _check_chain(folder, source.shown, adapters)
+        return _load_with_adapter(task, section, cache_dir, info, (*adapters, folder))
 
     # A head of another shape may be one that a new head replaces, so transformers must not raise an
     # error. Every problem is in the report, which is checked below.
     config = read_config(section, cache_dir, task)
-    with _loading_errors(section, "weights"):
-        result: Any = heads.auto_class(task).from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, section.dtype),
-            attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            key_mapping=replace_head.replaced_head_key_mapping(section, folder, config, task),
-            **extra_model_kwargs(config, task),
-        )
-    model, report = result
+    model, report = pretrained_model.read_model(
+        source,
+        heads.auto_class(task),
+        config=config,
+        dtype=getattr(torch, section.dtype),
+        attn_implementation=section.attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        key_mapping=replace_head.replaced_head_key_mapping(source, config, task),
+        **extra_model_kwargs(config, task),
+    )
 
     # Weights of a new head may be missing; all others are an error.
     first_names = _first_names(model)
@@ -210,20 +190,38 @@ def load_task_model(
     return LoadedModel(_finish(model, section), new_weights)
 
 
+def _check_chain(folder: str, shown: str, adapters: tuple[str, ...]) -> None:
+    """Raise ModelError if the adapter in `folder` is its own base model, or there are too many."""
+    if any(os.path.samefile(folder, other) for other in adapters):
+        raise ModelError(
+            f"{shown}: the adapter is its own base model ({export_info.INFO_FILE}, base.path). A "
+            "whole model is needed as the base. Correct base.path."
+        )
+    if len(adapters) >= MAX_ADAPTERS:
+        raise ModelError(
+            f"{shown}: more than {MAX_ADAPTERS} adapters on top of each other. Fewer are allowed. "
+            "Export the run of one of them without --adapter."
+        )
+
+
 def _load_with_adapter(
     task: TaskSection,
     section: ModelSection,
     cache_dir: str | None,
-    info: adapter_files.AdapterInfo,
-    folder: str,
+    info: export_info.AdapterInfo,
+    adapters: tuple[str, ...],
 ) -> LoadedModel:
-    """Return the base model of an adapter's folder, with the adapter in it."""
+    """Return the base model of the last of `adapters`, folders, with that adapter in it."""
+    # Of the base model the folder gives path and revision. All other options stay the user's.
+    base = section.model_copy(update={"path": info.base.path, "revision": info.base.revision})
+    log.info("the adapter's base model: %s", redact(base.path))
+
     # The base model may have a head for other labels, which the adapter's head replaces.
-    base = section.model_copy(update=info["base"])
     require_base_near(base.path, section.path)
+
     base_task = task.model_copy(update={"new_head": model_task(task).has_labels})
-    model, new_weights = load_task_model(base_task, base, cache_dir)
-    loaded = adapter_files.load_adapter(model, folder, info, task)
+    model, new_weights = load_task_model(base_task, base, cache_dir, adapters)
+    loaded = adapter_files.load_adapter(model, adapters[-1], info.tuning, task)
     return LoadedModel(model, new_weights - loaded)
 
 
@@ -292,7 +290,9 @@ def build_uninitialized_model(
     import torch
 
     config = read_config(section, cache_dir, task)
-    with _loading_errors(section, "structure"):
+    folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
+    source = _source(section, folder)
+    with loading_errors(source.shown, "structure"):
         model = model_from_config(
             config,
             task,
@@ -302,12 +302,10 @@ def build_uninitialized_model(
         )
 
     if model.can_generate():
-        from transformers import GenerationConfig
-
         # As from_pretrained does: end tokens may be in a file of their own.
-        with contextlib.suppress(OSError):
-            folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        generation_config = pretrained_model.read_generation_config(source)
+        if generation_config is not None:
+            model.generation_config = generation_config
     return _finish(model, section)
 
 
@@ -319,8 +317,12 @@ def model_from_config(
 
     # Every value is overwritten later, and drawing billions of them takes minutes.
     with no_init_weights():
-        model = heads.auto_class(task).from_config(
-            config, dtype=dtype, **kwargs, **extra_model_kwargs(config, task)
+        model = pretrained_model.model_from_config(
+            config,
+            heads.auto_class(task),
+            dtype=dtype,
+            **kwargs,
+            **extra_model_kwargs(config, task),
         )
     model.tie_weights()  # skipped together with the initialization
     return model

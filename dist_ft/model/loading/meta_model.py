@@ -16,18 +16,18 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import ModelSection, RunConfig, TaskSection
-from dist_ft.core.errors import ModelError, StorageError
-from dist_ft.core.json_documents import decode_json
+from dist_ft.core.errors import MAX_LINE, ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import build_uninitialized_model
 from dist_ft.model.trainable_model import TrainableModel
+from dist_ft.pretrained import folder_files
 from dist_ft.storage import filesystem
 from dist_ft.storage.documents import MAX_BYTES
-from dist_ft.storage.local_files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def _find_config(section: ModelSection, folder: str) -> str:
 
     local = filesystem.local_path(path)
     if os.path.isdir(local):
-        file = os.path.join(local, CONFIG)
+        file = str(folder_files.resolve_in_folder(Path(local), CONFIG, f"model.path={path}"))
         if not os.path.isfile(file):
             raise ModelError(
                 f"model.path={path}: it has no config.json. A plan needs a model's config.json (no "
@@ -171,14 +171,16 @@ def _from_hub(name: str, revision: str | None) -> str:
 
 def _check_json(file: str, shown_path: str) -> None:
     """Raise ModelError unless `file` is the config of a model."""
+    # The target of a link: the user named it, or it is one of the hub's cache.
+    path = Path(os.path.realpath(file))
     try:
-        content = decode_json(read_regular(file, MAX_BYTES))
-    except (OSError, ValueError) as error:
+        content = folder_files.read_json(path.parent, path.name, shown_path)
+    except ModelError as error:
         raise ModelError(
-            f"{shown_path}: cannot read its config.json ({str(error)[:100]}). It must be JSON. "
-            "Download it again."
+            f"{shown_path}: cannot read its config.json ({str(error)[:MAX_LINE]}). It must be "
+            "JSON. Download it again."
         ) from error
-    if not isinstance(content, dict) or "model_type" not in content:
+    if "model_type" not in content:
         raise ModelError(
             f"{shown_path}: its config.json has no model_type, so the model is unknown. "
             "transformers writes one. Download it again."

@@ -7,26 +7,25 @@ raises an error, and the others wait for it. Reads names and shapes only.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_ft.config.schema import ModelSection, TaskSection
+from dist_ft.config.schema import TaskSection
 from dist_ft.model import heads
 from dist_ft.model.model_task import model_task
+from dist_ft.pretrained import pretrained_model, weight_files
+from dist_ft.pretrained.pretrained_model import Source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 def replaced_head_key_mapping(
-    section: ModelSection, folder: str, config: PretrainedConfig, task: TaskSection
+    source: Source, config: PretrainedConfig, task: TaskSection
 ) -> dict[str, str] | None:
-    """Return {pattern: other name} of the tensors in `folder` that a new head replaces.
+    """Return {pattern: other name} of the tensors in a folder that a new head replaces.
 
     Under the other names transformers does not load them. None: nothing is replaced.
     """
-    from transformers import AutoConfig
-
     model_classes = heads.auto_class(task)._model_mapping
     if not model_task(task).has_head or type(config) not in model_classes:
         return None
@@ -37,11 +36,11 @@ def replaced_head_key_mapping(
         model_class = model_class[0]
     prefix = f"{model_class.base_model_prefix}."
 
-    shapes = tensor_shapes(folder)
+    shapes = weight_files.tensor_shapes(source.folder, source.shown)
     if not any(name.startswith(prefix) for name in shapes):
         return None  # the files of a base model have no head
 
-    stored_config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    stored_config = pretrained_model.read_config(source)
     num_stored = stored_config.num_labels
 
     mapping = {}
@@ -53,16 +52,3 @@ def replaced_head_key_mapping(
         if task.new_head or has_row_per_label:
             mapping[f"^{re.escape(name)}$"] = f"replaced.{name}"
     return mapping or None
-
-
-def tensor_shapes(folder: str) -> dict[str, list[int]]:
-    """Return the shape of each tensor in the safetensors of a model's folder."""
-    from safetensors import safe_open
-
-    # From the headers of the files: no weights are read.
-    shapes = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                shapes[name] = list(file.get_slice(name).get_shape())
-    return shapes

@@ -62,6 +62,7 @@ def _checks(
     # Not called here: `_lines` calls each one, so that an error in it does not stop the others.
     if model is not None:
         yield partial(model_checks.check_model, config, model)
+        yield partial(model_checks.check_model_files, config, model)
         yield partial(model_checks.check_tuning, config, model)
     yield partial(model_checks.check_prompting, config)
     if model is not None:

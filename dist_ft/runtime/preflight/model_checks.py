@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS
 from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
+from dist_ft.storage import filesystem
 
 
 def task_with_any_labels(config: RunConfig) -> TaskSection:
@@ -39,6 +41,20 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
     error = length_error(model_config, config.batch.sequence_length, model.path, num_virtual)
     if error:
         yield error
+
+
+def check_model_files(config: RunConfig, model: ModelSection) -> Iterator[str]:
+    """Raise if files of a local model folder lead out of it, or an adapter's info is damaged."""
+    from dist_ft.pretrained import export_info, weight_files
+
+    # A folder elsewhere is checked when it is downloaded: weights are not, before a run.
+    if not filesystem.is_local(model.path):
+        return
+    folder = filesystem.local_path(model.path)
+    if os.path.isdir(folder):
+        export_info.read_adapter_info(folder, f"model.path={model.path}")
+        weight_files.weight_files(folder, f"model.path={model.path}")
+    yield from ()
 
 
 def check_tuning(config: RunConfig, model: ModelSection) -> Iterator[str]:

@@ -11,7 +11,8 @@ from unit.small import make_engine, make_model
 
 from dist_ft.core.errors import ModelError
 from dist_ft.engine.base import StateSlice
-from dist_ft.engine.weight_check import files_by_tensor, verify_weights
+from dist_ft.engine.weight_check import verify_weights
+from dist_ft.pretrained.weight_files import files_by_tensor
 
 
 @pytest.fixture
@@ -102,8 +103,8 @@ def folder_of_ones(folder: str):
 
 def test_sharded_files_and_names_that_are_not_in_the_files(folder, tmp_path):
     make_model().save_pretrained(tmp_path / "many", max_shard_size="20KB")
-    files = files_by_tensor(str(tmp_path / "many"))
-    assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder))
+    files = files_by_tensor(tmp_path / "many", "model")
+    assert len(set(files.values())) > 2 and set(files) == set(files_by_tensor(folder, "model"))
     assert verify_weights(
         make_engine().state_slices(), str(tmp_path / "many"), torch.float32
     ) == len(files)

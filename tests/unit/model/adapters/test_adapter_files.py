@@ -20,6 +20,7 @@ from dist_ft.core.errors import CheckpointError
 from dist_ft.model.adapters import adapter_files, soft_prompts, tuning
 from dist_ft.model.generation import GenerationRequest, TextGenerator
 from dist_ft.model.loading.load import load_task_model, model_from_config
+from dist_ft.pretrained import export_info
 
 SMALL = {"prompt": {"tokens": 3}, "adalora": {"end_step": 5}, "bottleneck": {"size": 4}}
 
@@ -61,7 +62,7 @@ def test_peft_and_dist_ft_read_adapters_back(base, name, method, tmp_path):
         model, model_from_config(model.config, task, torch.float32).eval(), section, task, tmp_path
     )
     info = {"tuning": section.model_dump(mode="json"), "base": {"path": folder, "revision": None}}
-    (tmp_path / adapter_files.INFO_FILE).write_text(json.dumps(info))
+    (tmp_path / export_info.INFO_FILE).write_text(json.dumps(info))
     again, new = load_task_model(task, ModelSection(path=str(tmp_path), dtype="float32"))
     assert not new
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""What others wrote: model folders, tokenizers, templates. Read through one door, within limits."""
