@@ -180,7 +180,7 @@ def train(
         from dist_ft.runtime import local
         from dist_ft.training.run_context import RunContext
 
-        return local.run(config, RunContext(callbacks=callback_list))
+        return local.run_with_notices(config, RunContext(callbacks=callback_list))
     from dist_ft.runtime.ray_backend import driver
 
     return driver.run(config)

@@ -31,9 +31,23 @@ class Nodes:
         )
         self.address = self._read_answer()
 
-    def add(self, cpus: float = 1, place: tuple[str, str] | None = None) -> int:
-        """Add a node and return its number; `place`: its (network namespace, address)."""
-        return int(self._send(f"add {cpus} {' '.join(place or ())}"))
+    def add(
+        self,
+        cpus: float = 1,
+        place: tuple[str, str] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> int:
+        """Add a node and return its number.
+
+        `place`: its (network namespace, address); `env`: variables of all that runs there, without
+        spaces.
+        """
+        variables = [f"{name}={value}" for name, value in (env or {}).items()]
+        return int(self._send(f"add {cpus} {' '.join([*(place or ()), *variables])}"))
+
+    def node_id(self, number: int) -> str:
+        """Return Ray's id of a node."""
+        return self._send(f"id {number}")
 
     def kill(self, number: int) -> None:
         """Kill a node's processes, as if the machine was lost."""
@@ -119,6 +133,8 @@ def main() -> None:
     for line in sys.stdin:
         command, value, *more = line.split()
         if command == "add":
+            variables = dict(word.split("=", 1) for word in more if "=" in word)
+            more = [word for word in more if "=" not in word]
             if more:
                 namespaces.enter(namespaces.NETNS_FOLDER + more[0])
             nodes.append(
@@ -126,10 +142,13 @@ def main() -> None:
                     num_cpus=float(value),
                     object_store_memory=2**27,
                     **({"node_ip_address": more[1]} if more else {}),
+                    **({"env_vars": variables} if variables else {}),
                 )
             )
             namespaces.enter(own_namespace)
             print(f"= {len(nodes) - 1}", flush=True)
+        elif command == "id":
+            print(f"= {nodes[int(value)].node_id}", flush=True)
         elif command == "drain":
             drain(cluster.address, nodes[int(value)].node_id, float(more[0]))
             print("= draining", flush=True)

@@ -1,7 +1,7 @@
 """How the command line ends: every failure is one clear text on stderr and an exit code.
 
-Exit codes: 1 the run failed, 2 the input needs a correction, 130 the user stopped it. A traceback
-is printed only with --debug (or DIST_FT_DEBUG=1).
+Exit codes: 1 the run failed, 2 the input needs a correction, 3 the run reached its limit of time or
+cost, 130 the user stopped it. A traceback is printed only with --debug (or DIST_FT_DEBUG=1).
 """
 
 from __future__ import annotations

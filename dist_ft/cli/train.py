@@ -55,7 +55,7 @@ def check(config: Config, overrides: Overrides = None) -> None:
     from dist_ft.core.errors import ConfigError
     from dist_ft.core.logs import quiet_third_parties
     from dist_ft.planning.batch import batch_arithmetic
-    from dist_ft.runtime.preflight import check_run
+    from dist_ft.runtime.preflight import check_run, limit_estimate
 
     quiet_third_parties()
     # Also with problems in the config: the user gets those of model, data and machine at once.
@@ -66,4 +66,6 @@ def check(config: Config, overrides: Overrides = None) -> None:
 
     for name, arithmetic in batch_arithmetic(run):
         output.echo(f"{name:<14}{arithmetic}")
+    for line in limit_estimate.limit_lines(run):
+        output.echo(f"{'limits':<14}{line}")
     output.echo("ok")

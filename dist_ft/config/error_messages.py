@@ -34,6 +34,8 @@ _ALLOWED = {
     "data.train": (
         "a path, or a list of paths or of mappings with path, subset and split; at least one"
     ),
+    "log.notify.command": "a list of words, such as [./notify.sh, me]",
+    "log.notify.events": "a list of end, give_up, restarts and no_progress",
     "evaluation.data": "a path, or a list of paths or of mappings with path, subset and split",
 }
 """Allowed values of fields whose type is not clear enough."""

@@ -97,6 +97,12 @@ class Interrupted(DistFtError):
     exit_code = 130
 
 
+class LimitReached(DistFtError):
+    """The run reached run.max_hours or run.max_cost; it saved before."""
+
+    exit_code = 3
+
+
 class SentError(NamedTuple):
     """An error as another process can read it (JSON).
 

@@ -9,12 +9,15 @@ like a lost machine. Other actions, which are joined with `+`, as in `!sleep5+st
     lock      hold the interpreter lock forever
     sleep     sleep forever (sleep5: for 5 s)
     fault     access invalid memory (SIGSEGV)
+    abort     abort (SIGABRT), as NCCL's watchdog does
     memory    allocate more memory than the machine has
     storage   raise StorageError, as failing storage does
     raise     raise RuntimeError, as a bug does
 
 A failpoint logs a warning first. With `DIST_FT_FAILPOINT_ONCE=<file>` it fails once over all
-processes that share the file. Without the variable a failpoint costs one dictionary look-up.
+processes that share the file. Several failpoints are separated by semicolons; each fails once then
+(the file of the second is `<file>.1`). Without the variable a failpoint costs one dictionary
+look-up.
 """
 
 from __future__ import annotations
@@ -32,16 +35,29 @@ log = logging.getLogger("dist_ft.core.fault_injection")
 VARIABLES = ("DIST_FT_FAILPOINT", "DIST_FT_FAILPOINT_ONCE")
 FOREVER_S = 10**6
 
-_SIGNALS = {"stop": signal.SIGSTOP, "term": signal.SIGTERM, "fault": signal.SIGSEGV}
+_SIGNALS = {
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "fault": signal.SIGSEGV,
+    "abort": signal.SIGABRT,
+}
 _num_hits: Counter[str] = Counter()
 
 
 def hit(name: str, rank: int = 0) -> None:
     """Fail here if the environment says so: see the module's docstring."""
-    specification = os.environ.get("DIST_FT_FAILPOINT")
-    if not specification:
+    specifications = os.environ.get("DIST_FT_FAILPOINT")
+    if not specifications:
         return
 
+    once = os.environ.get("DIST_FT_FAILPOINT_ONCE")
+    for index, specification in enumerate(specifications.split(";")):
+        suffix = f".{index}" if index > 0 else ""
+        marker = None if once is None else once + suffix
+        _hit_one(specification.strip(), name, rank, name + suffix, marker)
+
+
+def _hit_one(specification: str, name: str, rank: int, counter: str, marker: str | None) -> None:
     target, _, actions = specification.partition("!")
     target, _, only_rank = target.partition("@")
     target, _, count = target.partition(":")
@@ -49,18 +65,17 @@ def hit(name: str, rank: int = 0) -> None:
         return
 
     # Only now: hits of other failpoints and ranks do not count.
-    _num_hits[name] += 1
-    if count == "*":
-        is_due = True
-    else:
+    _num_hits[counter] += 1
+    num_hits = _num_hits[counter]
+    is_due = count == "*"
+    if not is_due and num_hits == int(count or 1):
         # The marker is created by the check itself, so it comes last.
-        marker = os.environ.get("DIST_FT_FAILPOINT_ONCE")
-        is_due = _num_hits[name] == int(count or 1) and _is_first_time(marker)
+        is_due = _is_first_time(marker)
     if not is_due:
         return
 
     # Logged before the process dies. A failpoint in every step would flood the log.
-    if count != "*" or _num_hits[name] == 1:
+    if count != "*" or num_hits == 1:
         log.warning("failpoint %s: %s", name, actions or "kill")
 
     for action in actions.split("+"):

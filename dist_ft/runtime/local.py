@@ -11,14 +11,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import World
-from dist_ft.runtime.bootstrap import network_check
+from dist_ft.runtime.bootstrap import collective_timeouts, network_check
+from dist_ft.storage import filesystem
 from dist_ft.training.console import Console
+from dist_ft.training.notify.monitor import MonitorCallback, monitor_run
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
 
@@ -58,6 +60,20 @@ def run(config: RunConfig, context: RunContext | None = None) -> Result:
         return training_run.run(config, world, context)
 
 
+def run_with_notices(config: RunConfig, context: RunContext) -> Result:
+    """Run `config` here as `run` does, and send the notices of `log.notify` (rank 0 only)."""
+    if World.from_environment().rank != 0:
+        return run(config, context)
+
+    logs.setup_logging(level=config.log.level)
+    filesystem.configure(config.storage.options)
+    with monitor_run(config) as monitor:
+        context = replace(context, on_hang=monitor.report_hang)
+        result = run(config, context.with_callback(MonitorCallback(monitor)))
+        monitor.report_result(result)
+        return result
+
+
 @contextlib.contextmanager
 def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     """Join the other ranks; DeepSpeed needs a process group even for one rank.
@@ -90,19 +106,15 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
         os.environ["WORLD_SIZE"] = "1"
 
-    if is_owner:
-        # The backends read the variables of network interfaces only here.
-        network_check.configure_interfaces(config)
-        dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            timeout=timedelta(seconds=config.cluster.collective_timeout_s),
-        )
-
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         if is_owner:
-            dist.destroy_process_group()
+            # The backends read the variables of network interfaces only here.
+            network_check.configure_interfaces(config)
+            timeout = stack.enter_context(collective_timeouts.apply(config.cluster))
+            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
+            stack.callback(dist.destroy_process_group)
+
+        yield
 
 
 def _require_address(world: World) -> None:

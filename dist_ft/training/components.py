@@ -9,6 +9,7 @@ from dist_ft.checkpoint.manifest import TensorInfo
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine
+from dist_ft.planning.run_limits import RunLimits
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.anomaly import AnomalyDetector
 from dist_ft.training.held_out_generation import HeldOutGenerator
@@ -39,6 +40,7 @@ class Components:
             appends.
         held_out_generator: generates text at evaluations; None: no text is generated.
         minimum_risk: samples the text of minimum risk training; None: the likelihood is maximized.
+        limits: limits of the run's time and cost.
     """
 
     engine: Engine
@@ -57,3 +59,4 @@ class Components:
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     held_out_generator: HeldOutGenerator | None = None
     minimum_risk: MinimumRisk | None = None
+    limits: RunLimits = field(default_factory=RunLimits)

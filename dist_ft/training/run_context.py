@@ -25,6 +25,8 @@ class RunContext:
             `Callback.on_checkpoint_committed` was called before.
         log_handler: also gets the log lines of this worker; default: they go to stderr only.
         previous_end: why the previous attempt ended; "" if that is not known.
+        on_hang: called with a line before the watchdog ends this process; must return within
+            seconds.
     """
 
     console: Console = field(default_factory=Console)
@@ -34,6 +36,7 @@ class RunContext:
     on_requested_save_end: Callable[[], None] = lambda: None
     log_handler: logging.Handler | None = None
     previous_end: str = ""
+    on_hang: Callable[[str], None] = lambda text: None
 
     def with_callback(self, callback: Callback) -> RunContext:
         """Return a copy that calls `callback` before the others."""

@@ -20,14 +20,15 @@ from datetime import datetime, timezone
 from typing import Any, Literal, NotRequired, TypedDict
 
 from dist_ft.checkpoint import discovery
-from dist_ft.core.errors import Interrupted, StorageError
+from dist_ft.checkpoint.attempt_records import TIMES
+from dist_ft.core.errors import Interrupted, LimitReached, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store, is_local
 from dist_ft.storage.retry import retry_limit
 
 log = logging.getLogger("dist_ft.metrics")
-FOLDER = "time"
+FOLDER = TIMES
 Phase = Literal["start", "compute", "evaluation", "data", "save", "other", "lost"]
 PHASES: tuple[Phase, ...] = ("start", "compute", "evaluation", "data", "save", "other", "lost")
 WORK_PHASES: tuple[Phase, ...] = ("compute", "evaluation", "data", "other")
@@ -122,6 +123,12 @@ class TimeLedger:
                 self._seconds[phase] -= lost_s
                 self._seconds["lost"] += lost_s
 
+    def elapsed_s(self) -> float:
+        """Return the seconds since the start."""
+        with self._lock:
+            self._count_elapsed()
+            return sum(self._seconds.values())
+
     def to_json(self) -> TimeRecord:
         """Return the record up to now."""
         with self._lock:
@@ -168,7 +175,7 @@ def write_periodically(
     try:
         yield
         ledger.end_reason = "done"
-    except Interrupted as error:  # after other errors another attempt may follow
+    except (Interrupted, LimitReached) as error:  # after others an attempt may follow
         ledger.end_reason = redact(str(error))
         raise
     finally:

@@ -21,15 +21,13 @@ from dist_ft.checkpoint.manifest import Progress
 from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core import fault_injection
-from dist_ft.core.errors import Interrupted
-from dist_ft.core.logs import redact
 from dist_ft.core.seeds import derive_seed
 from dist_ft.core.world import on_rank0
 from dist_ft.data.batch import Batch
 from dist_ft.engine import schedule
 from dist_ft.engine.base import StepOutcome, pad_to_equal_lanes
 from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
-from dist_ft.training import anomaly
+from dist_ft.training import anomaly, stopping
 from dist_ft.training.checkpointing import Saver
 from dist_ft.training.components import Components
 from dist_ft.training.console import format_progress
@@ -38,16 +36,10 @@ from dist_ft.training.metrics_log import log_metrics
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
 from dist_ft.training.source_counts import SourceCounts
+from dist_ft.training.stopping import Requests, StopPoint
 from dist_ft.training.stragglers import StragglerDetector, gpu_memory_metrics
 
 log = logging.getLogger("dist_ft.train")
-
-
-class _Requests(NamedTuple):
-    """Whether some rank was requested to stop, and whether one was requested to save."""
-
-    stop: bool
-    save: bool
 
 
 class _StepTime(NamedTuple):
@@ -92,6 +84,7 @@ class Trainer:
 
         Raises:
             Interrupted: a stop was requested; a checkpoint is saved before.
+            LimitReached: the run used its time; a checkpoint is saved before.
         """
         config, components, ledger = self._config, self._components, self._components.time_ledger
 
@@ -137,8 +130,10 @@ class Trainer:
                     break
 
                 # At the last step nothing is left to interrupt: the run is complete.
-                if requests.stop and not is_last:
-                    raise self._interrupted(is_saved)
+                if requests.stops and not is_last:
+                    url = str(self._saver.url) if is_saved else None
+                    point = StopPoint(self._step, self._total_steps, url)
+                    raise stopping.stop_error(requests, point, components)
 
                 start_s = time.perf_counter()
                 ledger.enter("data")
@@ -148,7 +143,7 @@ class Trainer:
         self._saver.settle()
         return self._result()
 
-    def _train_step(self, batches: Sequence[Batch], step_time: _StepTime) -> _Requests:
+    def _train_step(self, batches: Sequence[Batch], step_time: _StepTime) -> Requests:
         """Run one training step; return what was requested from any rank."""
         config, components, step = self._config, self._components, self._step
         self._context.callbacks.on_progress()
@@ -162,10 +157,11 @@ class Trainer:
             sum(batch.num_tokens for batch in batches),
             self._context.should_stop(),
             self._context.should_save(),
+            stopping.is_limit_reached(components),
             *save_flags,
             *self._sources.count(batches),
         ]
-        num_targets, num_tokens, stop, save, *rest = components.collectives.sum(own_counts)
+        num_targets, num_tokens, stop, save, limit, *rest = components.collectives.sum(own_counts)
         self._saver.advance(*rest[: len(save_flags)])
         self._sources.add(rest[len(save_flags) :])
 
@@ -185,7 +181,7 @@ class Trainer:
             counts = {"num_target_tokens": num_targets, "num_tokens": num_tokens}
             self._report_step(outcome, counts, learning_rate, step_time)
 
-        return _Requests(stop > 0, save > 0)
+        return Requests(stop > 0, save > 0, limit > 0)
 
     def _update_weights(
         self,
@@ -338,10 +334,10 @@ class Trainer:
         assert self._loss is not None
         self._context.callbacks.on_step_end(self._step, self._loss)
 
-    def _save_if_due(self, requests: _Requests, is_last: bool, stops_early: bool) -> bool:
+    def _save_if_due(self, requests: Requests, is_last: bool, stops_early: bool) -> bool:
         """Save if a checkpoint is due or must be; return whether this step is in storage now."""
         # Storage where a save is requested: the nodes themselves may be taken away soon.
-        must_save = requests.stop or requests.save or stops_early
+        must_save = any(requests) or stops_early
         tier = Tier.STORAGE if must_save else self._saver.due(self._step, is_last)
         if tier is None:
             return False
@@ -366,20 +362,6 @@ class Trainer:
             num_target_tokens=self._num_target_tokens,
             history=self._components.anomaly_detector.history,
             trained_s=self._saver.trained_s,
-        )
-
-    def _interrupted(self, is_saved: bool) -> Interrupted:
-        """Return the error of a run that was requested to stop."""
-        if is_saved:
-            saved = f"saved as {redact(str(self._saver.url))}; the same command resumes from there"
-        else:
-            saved = (
-                "storage failed, so this step is not saved (the log says why); the same command "
-                "resumes from the checkpoint before"
-            )
-
-        return Interrupted(
-            f"stopped at step {self._step} of {self._total_steps} as requested; {saved}"
         )
 
     def _result(self) -> Result:

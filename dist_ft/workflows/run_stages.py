@@ -37,6 +37,8 @@ SCORES = "scores"
 """Folder of scores: <stage trained>.<stage scored>.json."""
 OPERATIONAL_SECTIONS = ("cluster", "zero", "log", "storage", "checkpoint", "anomaly")
 """Sections that do not change the result of a completed stage."""
+OPERATIONAL_FIELDS = ("run.max_hours", "run.max_cost")
+"""Fields of other sections that do not change it either."""
 SCORED_SECTIONS = ("model", "task", "data", "evaluation", "batch")
 """Sections that a score depends on."""
 
@@ -134,7 +136,8 @@ def require_same(stages: Stages, states: Sequence[StageState]) -> None:
         identity, operational = changes(stored, stage.config)
         found = list(identity)
         for change in operational:
-            if change.path.split(".")[0] not in OPERATIONAL_SECTIONS:
+            is_operational = change.path.split(".")[0] in OPERATIONAL_SECTIONS
+            if not is_operational and change.path not in OPERATIONAL_FIELDS:
                 found.append(change)
         if not found:
             continue

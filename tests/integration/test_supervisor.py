@@ -20,8 +20,10 @@ import ranks
 import tiny
 
 from dist_ft.config.load import load_config
+from dist_ft.core.errors import LimitReached
 from dist_ft.core.world import World
 from dist_ft.runtime.elastic.coordinator import Coordinator
+from dist_ft.runtime.elastic.messages import ProcessExited
 from dist_ft.runtime.elastic.supervisor import Supervisor, WorkerContext
 from dist_ft.runtime.elastic.worker_process import TrainingProcess
 from dist_ft.training.result import Result
@@ -188,6 +190,89 @@ def test_repeated_bug_ends_the_run_in_one_line(
         "cause, then run the same command to resume"
     )
     assert len(started) == 4
+    require_gone(started)
+
+
+def ends(run: Path) -> list[str]:
+    """Return why the attempts of a run ended, except the last."""
+    notes = [json.loads(path.read_text()) for path in sorted((run / "attempts").glob("*.json"))]
+    return [note.get("after", "") for note in notes[1:]]
+
+
+@pytest.mark.slow
+def test_fault_29_aborts_of_two_workers_are_no_reason_to_give_up(
+    base: Path,
+    unbroken: list[float],
+    started: list[TrainingProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL's watchdog aborts healthy processes: first one worker, then, without a checkpoint in
+    between, the other."""
+    document = tiny.config(base, "aborted", workers=2, checkpoint={"every_steps": 0})
+    monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@0!abort;train.step:6@1!abort")
+    monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "aborted-once"))
+    coordinator, _ = supervise(document)
+    assert isinstance(coordinator.outcome(), Result), coordinator.outcome()
+    assert history.losses(base / "runs/aborted") == unbroken
+    history.require_exactly_once(base / "runs/aborted", document)
+    first, second = ends(base / "runs/aborted")
+    assert first.startswith("worker 0 ") and "by SIGABRT" in first
+    assert second.startswith("worker 1 ") and "by SIGABRT" in second
+    require_gone(started)
+
+
+def test_fault_29_a_peer_that_aborts_after_a_death_is_not_the_cause(
+    base: Path,
+    unbroken: list[float],
+    started: list[TrainingProcess],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document = tiny.config(base, "consequence", workers=2, checkpoint={"every_steps": 0})
+    # The death is noticed late, so the report of the abort comes first.
+    monkeypatch.setenv("DIST_FT_FAILPOINT", "train.step:3@1;worker.peer_lost@0!abort")
+    monkeypatch.setenv("DIST_FT_FAILPOINT_ONCE", str(base / "consequence-once"))
+    handle = Supervisor._handle
+
+    def handle_late(own: Supervisor, message: Any, *values: Any) -> bool:
+        if isinstance(message, ProcessExited) and message.code == -signal.SIGKILL:
+            time.sleep(0.3)
+        return handle(own, message, *values)
+
+    monkeypatch.setattr(Supervisor, "_handle", handle_late)
+    coordinator, _ = supervise(document)
+    assert isinstance(coordinator.outcome(), Result), coordinator.outcome()
+    assert (base / "consequence-once.1").exists(), "the peer aborted"
+    assert history.losses(base / "runs/consequence") == unbroken
+    assert ends(base / "runs/consequence") == [
+        "worker 1 on node here: killed (by SIGKILL, from outside)"
+    ]
+    require_gone(started)
+
+
+@pytest.mark.slow
+def test_two_workers_stop_at_the_same_step_when_the_run_reached_its_limit(
+    base: Path, unbroken: list[float], started: list[TrainingProcess]
+) -> None:
+    """Rank 0 decides; the run resumes with a higher limit and is bit-equal."""
+    run = base / "runs/limited"
+    limited = tiny.config(base, "limited", workers=2, checkpoint={"every_steps": 0})
+    limited["run"]["max_hours"] = 1e-7
+    coordinator, _ = supervise(limited)
+    outcome = coordinator.outcome()
+    assert isinstance(outcome, LimitReached), outcome
+    assert "stopped at step 1 of" in str(outcome) and "raise run.max_hours" in str(outcome)
+    assert [path.parent.name for path in run.glob("checkpoints/*/manifest.json")] == [
+        "step-000000001-a0001"
+    ]
+
+    again, _ = supervise(limited)
+    assert isinstance(again.outcome(), LimitReached)
+    assert "no step was trained now" in str(again.outcome()) and len(ends(run)) == 0
+    limited["run"]["max_hours"] = 1.0
+    last, _ = supervise(limited)
+    assert isinstance(last.outcome(), Result), last.outcome()
+    assert history.losses(run) == unbroken
+    history.require_exactly_once(run, limited)
     require_gone(started)
 
 

@@ -20,6 +20,7 @@ from dist_ft.config.sections import checkpoint as checkpoint_section
 from dist_ft.config.sections import cluster as cluster_section
 from dist_ft.config.sections import data as data_section
 from dist_ft.config.sections import evaluation as evaluation_section
+from dist_ft.config.sections import log as log_section
 from dist_ft.config.sections import model as model_section
 from dist_ft.config.sections import optimizer as optimizer_section
 from dist_ft.config.sections import prompting as prompting_section
@@ -78,6 +79,7 @@ CHECKS: tuple[Check, ...] = (
     *_section_checks("data", data_section.CHECKS),
     *_section_checks("checkpoint", checkpoint_section.CHECKS),
     *_section_checks("evaluation", evaluation_section.CHECKS),
+    *_section_checks("log", log_section.CHECKS),
     *workers.CHECKS,
     *tuning.CHECKS,
     *task.CHECKS,

@@ -86,6 +86,15 @@ def _memory_urls(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _cost(config: RunConfig) -> Iterator[str]:
+    if config.run.max_cost is not None and not config.cluster.cost_per_hour:
+        yield (
+            f"run.max_cost={config.run.max_cost:g}: cluster.cost_per_hour is 0, so no cost is ever "
+            "reached. Needs the cost of a worker for an hour. Set cluster.cost_per_hour, or use "
+            "run.max_hours."
+        )
+
+
 CHECKS = (
     _lanes,
     _elastic,
@@ -94,4 +103,5 @@ CHECKS = (
     _stage_zero_dtype,
     _flash_attention_needs_gpus,
     _memory_urls,
+    _cost,
 )

@@ -15,6 +15,11 @@ INTERFACE_VARIABLES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 """Variables that cluster.network_interface sets."""
 NODE_ID_LABEL = "ray.io/node-id"
 """Label with Ray's name of a node."""
+WATCHDOG_MARGIN_S = 60.0
+"""How much longer than cluster.progress_timeout_s a collective may take. In that time a worker
+without progress stores its stack traces (25 s at most) and ends."""
+HEARTBEAT_VARIABLE = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+"""Variable with the seconds after which torch ends a process whose NCCL watchdog is stuck."""
 
 
 class WorkerRange(Section):
@@ -113,12 +118,36 @@ class ClusterSection(Section):
             "comparison."
         ),
     )
+    cost_per_hour: float = Field(
+        0,
+        ge=0,
+        description=(
+            "Cost of one worker (in one process: of this process) for an hour, in any unit, for "
+            "run.max_cost."
+        ),
+    )
     max_failures: int = Field(
         3,
         ge=-1,
         description=(
             "Restarts without a new checkpoint in between (a new checkpoint resets the count); -1: "
             "no limit."
+        ),
+    )
+    avoid_nodes: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Nodes that get no workers: host names, addresses, Ray's ids of nodes, or names as "
+            "messages show them (host/01234567)."
+        ),
+    )
+    exclude_node_after: int = Field(
+        3,
+        ge=0,
+        description=(
+            "Failures of one node within a day (crash, hang, out of memory, lost) after which it "
+            "gets no more workers, if the other nodes hold the smallest number of workers; 0: "
+            "never."
         ),
     )
     standby: bool = Field(
@@ -152,7 +181,13 @@ class ClusterSection(Section):
         ),
     )
     collective_timeout_s: float = Field(
-        1800, gt=0, description="Seconds after which a stuck collective is an error."
+        1800,
+        gt=0,
+        description=(
+            "Seconds after which a stuck collective is an error; at least progress_timeout_s + 60 "
+            "are used, because nccl then ends all workers, and the one that hangs must be named "
+            "before."
+        ),
     )
     progress_timeout_s: float = Field(
         1800,
@@ -162,6 +197,14 @@ class ClusterSection(Section):
             "stack traces and ends; 0: never."
         ),
     )
+
+    @property
+    def group_timeout_s(self) -> float:
+        """Timeout of the collectives of all process groups, in seconds."""
+        # Without a watchdog nothing is named, and the configured value counts alone.
+        if not self.progress_timeout_s:
+            return self.collective_timeout_s
+        return max(self.collective_timeout_s, self.progress_timeout_s + WATCHDOG_MARGIN_S)
 
 
 def format_workers(cluster: ClusterSection) -> str:
@@ -212,6 +255,28 @@ def _workers_per_node(cluster: ClusterSection) -> Iterator[str]:
         )
 
 
+def _avoid_nodes(cluster: ClusterSection) -> Iterator[str]:
+    if not cluster.avoid_nodes:
+        return
+
+    field = f"cluster.avoid_nodes=[{', '.join(cluster.avoid_nodes)}]"
+    if cluster.workers == 0:
+        yield (
+            f"{field}: cluster.workers=0 is a single process. Allowed with Ray workers. Set "
+            "cluster.workers, or remove it."
+        )
+    if not all(name.strip() for name in cluster.avoid_nodes):
+        yield (
+            f"{field}: a name is empty. Allowed: host names, addresses, ids of nodes and names "
+            "such as host/01234567. Remove it."
+        )
+    if NODE_ID_LABEL in cluster.labels:
+        yield (
+            f"{field}: cluster.labels.{NODE_ID_LABEL} also chooses nodes. Only one of them is "
+            "allowed. Remove the other."
+        )
+
+
 def _network_variables(cluster: ClusterSection) -> Iterator[str]:
     # Stored with the run and shown to people, so only prefixes that are known to hold no secret.
     for name in cluster.network_variables:
@@ -229,4 +294,33 @@ def _network_variables(cluster: ClusterSection) -> Iterator[str]:
             )
 
 
-CHECKS = (_worker_range, _workers_per_node, _network_variables)
+def _timeouts(cluster: ClusterSection) -> Iterator[str]:
+    progress_s = cluster.progress_timeout_s
+    if not progress_s:
+        return
+
+    # The default is raised without a line: only progress_timeout_s was chosen then.
+    timeout_s = cluster.collective_timeout_s
+    if timeout_s < progress_s and not cluster.is_default("collective_timeout_s"):
+        yield (
+            f"cluster.collective_timeout_s={timeout_s:g}: shorter than "
+            f"cluster.progress_timeout_s={progress_s:g}, so nccl would end all workers before the "
+            "one that hangs is named. At least progress_timeout_s is allowed. Raise it, or lower "
+            f"cluster.progress_timeout_s to {timeout_s:g}."
+        )
+
+    text = cluster.network_variables.get(HEARTBEAT_VARIABLE)
+    if text is None:
+        return
+    field = f"cluster.network_variables.{HEARTBEAT_VARIABLE}={text}"
+    if not (text.isascii() and text.isdigit()):
+        yield f"{field}: not a whole number of seconds. Allowed: digits. Correct it, or remove it."
+    elif int(text) < progress_s:
+        yield (
+            f"{field}: shorter than cluster.progress_timeout_s={progress_s:g}, so torch would end "
+            "a worker before it is named. At least progress_timeout_s is allowed. Raise it, or "
+            "remove it: dist_ft sets it."
+        )
+
+
+CHECKS = (_worker_range, _workers_per_node, _avoid_nodes, _network_variables, _timeouts)

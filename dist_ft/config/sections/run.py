@@ -36,6 +36,23 @@ class RunSection(Section):
         lt=2**63,
         description="Seed of the sample order, of dropout and of newly initialized weights.",
     )
+    # Operational: a run that was stopped by a limit resumes with a higher one.
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Hours of all attempts of the run together, restarts between them included, after "
+            "which it saves and stops with exit code 3; default: no limit."
+        ),
+    )
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        description=(
+            "Cost of all attempts together, in the unit of cluster.cost_per_hour, at which the run "
+            "saves and stops with exit code 3; default: no limit."
+        ),
+    )
 
 
 class StorageSection(Section):

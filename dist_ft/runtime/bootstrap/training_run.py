@@ -8,6 +8,7 @@ attempt goes through `run`; where the run stands is read from its storage.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World, collectives, on_rank0
 from dist_ft.model.loading.download import cache_folder
+from dist_ft.planning.run_limits import RunLimits
 from dist_ft.runtime.bootstrap import network_check, summary
 from dist_ft.runtime.bootstrap.build_data import Loaders, build_anchor_loader, build_loaders
 from dist_ft.runtime.bootstrap.build_model import (
@@ -42,6 +44,7 @@ from dist_ft.runtime.bootstrap.run_state import (
     require_same_run,
     start_attempt,
 )
+from dist_ft.runtime.bootstrap.run_usage import require_time_left
 from dist_ft.runtime.bootstrap.watchdog import Watchdog
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
@@ -72,6 +75,7 @@ class _Attempt:
         number: number of the attempt, from 1.
         clock: what this process spends its time on.
         total_steps: number of steps of the run.
+        limits: limits of the run's time and cost.
     """
 
     run: ResolvedRun
@@ -84,17 +88,19 @@ class _Attempt:
     manager: CheckpointManager
     time_ledger: TimeLedger
     total_steps: int
+    limits: RunLimits
 
 
 def run(config: RunConfig, world: World, context: RunContext) -> Result:
     """Train `config` in this worker from where the run stands to its end; a collective call."""
     # First, because its clock starts here: everything below is time of this attempt.
     time_ledger = TimeLedger()
+    restarted_s = time.time() if context.previous_end else None
     logs.setup_logging(world.rank, world.num_ranks, config.log.level, context.log_handler)
     filesystem.configure(config.storage.options)
     _require_possible(config, world)
 
-    comms = collectives(world, config.cluster.collective_timeout_s)
+    comms = collectives(world, config.cluster.group_timeout_s)
     store = Store(config.run_url)
     on_rank0(world, comms, lambda: require_same_run(store, config))
 
@@ -114,6 +120,8 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
             if world.rank == 0:
                 context.console.print(_complete_message(config, final, total_steps))
             return _complete_result(config, store, final, total_steps)
+
+        limits = require_time_left(config, store, world, comms, restarted_s)
 
         # From here on no earlier attempt can commit, so the latest checkpoint stays the latest.
         attempt = on_rank0(
@@ -137,6 +145,7 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
                     manager=manager,
                     time_ledger=time_ledger,
                     total_steps=total_steps,
+                    limits=limits,
                 ),
                 manifest,
             )
@@ -249,6 +258,7 @@ def _build_components(attempt: _Attempt, built: BuiltModel, progress: Progress) 
         evaluations=evaluation_history(run.config, lines),
         held_out_generator=HeldOutGenerator.from_config(run.config, run.tokenizer),
         minimum_risk=MinimumRisk.from_config(run.config, run.tokenizer),
+        limits=attempt.limits.with_trained(progress.trained_s),
     )
 
 
@@ -284,9 +294,10 @@ def _train_under_watch(
 ) -> Result:
     """Train to the end, or until the watchdog ends this process because nothing progresses."""
     # Only now: loading takes minutes without a sign of progress.
-    timeout_s = attempt.run.config.cluster.progress_timeout_s
-    with Watchdog(attempt.store, attempt.number, attempt.world, timeout_s) as watchdog:
-        context = attempt.context.with_callback(watchdog)
+    context, timeout_s = attempt.context, attempt.run.config.cluster.progress_timeout_s
+    watch = Watchdog(attempt.store, attempt.number, attempt.world, timeout_s, context.on_hang)
+    with watch as watchdog:
+        context = context.with_callback(watchdog)
         return train_with_rollback(
             attempt.run, components, context, progress, attempt.total_steps, manifest
         )

@@ -8,6 +8,7 @@ interpreter lock. Restarting is for the launcher: Ray, torchrun, or a person.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import IO
 
@@ -40,7 +42,15 @@ class Watchdog(Callback):
     `timeout_s` 0 watches nothing.
     """
 
-    def __init__(self, store: Store, attempt: int, world: World, timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        attempt: int,
+        world: World,
+        timeout_s: float,
+        on_hang: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._on_hang = on_hang
         self._store = store
         self._name = stacks_name(attempt, world.rank)
         self._rank = world.rank
@@ -109,6 +119,11 @@ class Watchdog(Callback):
             self._timeout_s,
             where,
         )
+        with contextlib.suppress(Exception):
+            self._on_hang(
+                f"no progress for {silent_s:.0f} s (cluster.progress_timeout_s="
+                f"{self._timeout_s:g}): the process ends; stacks of its threads are {where}"
+            )
         logging.shutdown()
 
         # Not `sys.exit`: that ends this thread only, and the training thread never returns.

@@ -15,8 +15,10 @@ from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     LineKind,
     OutputLine,
+    RunHealth,
     RunStatus,
 )
+from dist_ft.runtime.elastic.node_failures import NodeFailure, node_failures
 from dist_ft.runtime.elastic.restart_policy import Failure, RestartPolicy
 from dist_ft.runtime.elastic.worker_group_state import Member, WorkerGroupState
 from dist_ft.training.console import Console
@@ -27,6 +29,8 @@ REPORT_INTERVAL_S = 15.0
 seconds, and a worker waits until its report is collected."""
 SILENT_S = 15.0
 """A rank 0 that has not called for this long will not save."""
+DECIDE_S = 5.0
+"""How long a restart waits for the driver's decision on a node that failed."""
 MAX_LINES = 2000
 """Lines stored for the driver; older ones are dropped, and it learns their number."""
 
@@ -39,7 +43,14 @@ class Coordinator:
     Reports of a group of workers that was replaced are ignored; `group` says who reports.
     """
 
-    def __init__(self, max_failures: int = 0) -> None:
+    def __init__(self, max_failures: int = 0, exclude_node_after: int = 0) -> None:
+        """Start without workers.
+
+        Args:
+            max_failures: cluster.max_failures.
+            exclude_node_after: cluster.exclude_node_after; if not 0, the driver decides after each
+                failure of a node, and the restart waits for it.
+        """
         self._group_state = WorkerGroupState(RestartPolicy(max_failures))
         self._checkpoints: list[CommittedCheckpoint] = []
         self._latest: CommittedCheckpoint | None = None
@@ -49,6 +60,15 @@ class Coordinator:
         self._rank_0_called_at: float | None = None
         self._outcome: Result | DistFtError | None = None
         self._stop = False
+        self._num_signs = 0
+        self._step: int | None = None
+
+        # Failures of nodes that the driver has not taken, and the names of nodes that are left out.
+        self._excludes = exclude_node_after > 0
+        self._generation_seen = 0
+        self._node_failures: list[NodeFailure] = []
+        self._failed_at_s = 0.0
+        self._left_out: frozenset[str] = frozenset()
 
         # Save requests are numbered from 1.
         self._save_number = 0
@@ -76,6 +96,31 @@ class Coordinator:
     def request_stop(self) -> None:
         """Have the workers save and exit."""
         self._stop = True
+
+    def health(self) -> RunHealth:
+        """Return what the driver watches."""
+        state = self._group_state
+        return RunHealth(state.generation, state.reason, self._num_signs, self._step)
+
+    def take_node_failures(self) -> list[NodeFailure]:
+        """Return the failures of nodes since the last call."""
+        failures, self._node_failures = self._node_failures, []
+        return failures
+
+    def leave_out(self, nodes: Sequence[str]) -> None:
+        """Have no workers on these nodes (by name) from the next placement on."""
+        new_nodes = frozenset(nodes) - self._left_out
+        self._left_out = frozenset(nodes)
+
+        # Workers that are there now leave, which is no failure.
+        members = self._group_state.workers_on(new_nodes)
+        if members:
+            names = ", ".join(f"worker {member.rank} on node {member.node}" for member in members)
+            self._group_state.announce_node_loss(names, "is left out")
+
+    def left_out(self) -> list[str]:
+        """Return the names of the nodes that are left out."""
+        return sorted(self._left_out)
 
     def rank_0_silent_s(self) -> float | None:
         """Return the seconds since rank 0's supervisor called; None: it never did."""
@@ -110,6 +155,10 @@ class Coordinator:
         """Note that nodes will be taken away: losing their workers is then no failure."""
         self._group_state.announce_node_loss(description)
 
+    def report_lost_workers(self, ranks: Sequence[int]) -> None:
+        """Note which workers Ray lost, before it replaces all."""
+        self._group_state.report_lost_workers(ranks)
+
     # For the supervisors
 
     def join(self, member: Member, num_checkpoints: int) -> RunStatus:
@@ -141,15 +190,40 @@ class Coordinator:
         if error is not None:
             self.end_run(error)
 
+        self._note_node_failures(now_s)
+        rendezvous = self._group_state.rendezvous(now_s)
+        if self._is_held(now_s):
+            rendezvous = None
+
         return RunStatus(
             generation=self._group_state.generation,
-            rendezvous=self._group_state.rendezvous(now_s),
+            rendezvous=rendezvous,
             stop=self._stop,
             save_number=self._save_number,
             is_over=self._outcome is not None or is_replaced,
             reason=self._group_state.reason,
             checkpoints=tuple(self._checkpoints[num_checkpoints:]),
+            must_leave=member.node in self._left_out,
         )
+
+    def _note_node_failures(self, now_s: float) -> None:
+        """Note the failures of nodes when a generation has ended."""
+        state = self._group_state
+        if not self._excludes or state.generation == self._generation_seen:
+            return
+
+        self._generation_seen = state.generation
+        failures = node_failures(state.reason, time.time())
+        if failures:
+            self._node_failures.extend(failures)
+            self._failed_at_s = now_s
+
+    def _is_held(self, now_s: float) -> bool:
+        """Return whether the next generation must not start yet."""
+        # Those on a node that is left out are about to leave, and all are placed anew.
+        if self._group_state.workers_on(self._left_out):
+            return True
+        return bool(self._node_failures) and now_s - self._failed_at_s < DECIDE_S
 
     def add_line(self, kind: LineKind, text: str) -> None:
         """Store a line for the driver."""
@@ -187,15 +261,26 @@ class Coordinator:
         if self._group_state.is_replaced(group):
             return
 
+        self._num_signs += 1
+        if "step" in metrics:
+            self._step = int(metrics["step"])
+
         # Each checkpoint refills the budget of restarts, also one that Ray never hears of.
         self._group_state.report_progress()
         self._latest = CommittedCheckpoint(url, metrics)
         if time.monotonic() - self._published_at > REPORT_INTERVAL_S:
             self._publish_latest()
 
+    def report_progress_sign(self, step: int | None, group: str = "") -> None:
+        """Note that training progresses; `step`: the last one that is done, if any."""
+        if not self._group_state.is_replaced(group):
+            self._num_signs += 1
+            self._step = step if step is not None else self._step
+
     def report_local_checkpoint(self, group: str = "") -> None:
         """Note a checkpoint on the workers' nodes, which is not reported to Ray."""
         if not self._group_state.is_replaced(group):
+            self._num_signs += 1
             self._group_state.report_progress()
 
     def _publish_latest(self) -> None:

@@ -50,6 +50,7 @@ class RunStatus:
         is_over: this supervisor has nothing left to do.
         reason: why the generation before ended; "" for the first.
         checkpoints: checkpoints of the run that this supervisor has not seen yet, oldest first.
+        must_leave: the node of this supervisor is left out: Ray must place all workers anew.
     """
 
     generation: int
@@ -59,6 +60,24 @@ class RunStatus:
     is_over: bool = False
     reason: str = ""
     checkpoints: tuple[CommittedCheckpoint, ...] = ()
+    must_leave: bool = False
+
+
+@dataclass(frozen=True)
+class RunHealth:
+    """What the driver watches.
+
+    Attributes:
+        generation: the current one.
+        reason: why the generation before ended; "" for the first.
+        num_signs: signs of progress so far; only whether it grows matters.
+        step: the last step that was reported; None before the first.
+    """
+
+    generation: int
+    reason: str
+    num_signs: int
+    step: int | None
 
 
 # From a supervisor to its training process: one `Setup`, one `StartTraining`, then requests.
@@ -112,6 +131,13 @@ class FirstStepsDone:
     """Training is under way, and starting a spare no longer delays it; names all imports."""
 
     modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProgressSign:
+    """A sign of progress, sent every few seconds; `step` is the last one that is done."""
+
+    step: int | None
 
 
 @dataclass(frozen=True)
@@ -181,6 +207,7 @@ WorkerMessage = (
     OutputLine
     | FirstStepsDone
     | MetricsLine
+    | ProgressSign
     | CommittedCheckpoint
     | LocalCheckpointCommitted
     | SaveDone

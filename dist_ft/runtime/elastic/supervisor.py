@@ -15,21 +15,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError, Interrupted, PeerError, StorageError
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap.network_check import NODE
 from dist_ft.runtime.bootstrap.watchdog import EXIT_CODE as HUNG
+from dist_ft.runtime.elastic.coordinator_client import CoordinatorClient
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     FirstStepsDone,
-    LineKind,
     LocalCheckpointCommitted,
     MetricsLine,
     OutputLine,
     ProcessExited,
+    ProgressSign,
     RunStatus,
     SaveDone,
     TrainingCrashed,
@@ -37,7 +37,7 @@ from dist_ft.runtime.elastic.messages import (
     TrainingFinished,
     WorkerMessage,
 )
-from dist_ft.runtime.elastic.restart_policy import MAX_BACKOFF_S, Failure, FailureKind
+from dist_ft.runtime.elastic.restart_policy import BY_SIGNAL, MAX_BACKOFF_S, Failure, FailureKind
 from dist_ft.runtime.elastic.worker_group_state import Member
 from dist_ft.runtime.elastic.worker_process import TrainingProcess
 
@@ -54,18 +54,8 @@ class RendezvousTimeoutError(Exception):
     """The other supervisors of this worker's group did not join, and no other group replaced it."""
 
 
-class CoordinatorClient(Protocol):
-    """The coordinator as a supervisor calls it."""
-
-    def join(self, member: Member, num_checkpoints: int) -> RunStatus: ...  # noqa: D102
-    def status(self, member: Member, num_checkpoints: int) -> RunStatus: ...  # noqa: D102
-    def report_failure(self, generation: int, failure: Failure) -> None: ...  # noqa: D102
-    def num_checkpoints(self) -> int: ...  # noqa: D102
-    def report_checkpoint(self, url: str, metrics: dict[str, float], group: str) -> None: ...  # noqa: D102
-    def report_local_checkpoint(self, group: str) -> None: ...  # noqa: D102
-    def report_save_done(self, number: int, group: str) -> None: ...  # noqa: D102
-    def add_line(self, kind: LineKind, text: str) -> None: ...  # noqa: D102
-    def end_run(self, outcome: Any, group: str) -> None: ...  # noqa: D102
+class NodeLeftOutError(Exception):
+    """The node of this worker is left out from now on."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +166,7 @@ class Supervisor:
 
         Raises:
             RendezvousTimeoutError: it takes too long; Ray then places all workers anew.
+            NodeLeftOutError: this node is left out; Ray then does so too.
         """
         # The coordinator holds the rendezvous back for the backoff, which is no delay of a worker.
         until = time.monotonic() + self._config.cluster.start_timeout_s + MAX_BACKOFF_S
@@ -183,6 +174,8 @@ class Supervisor:
             status = self._coordinator.join(member, self._num_checkpoints)
             if status.is_over or status.rendezvous is not None:
                 return status
+            if status.must_leave:
+                raise NodeLeftOutError(f"node {member.node} is left out")
             if time.monotonic() > until:
                 raise RendezvousTimeoutError(
                     f"worker {member.rank} of {member.num_ranks}: the other workers did not join "
@@ -240,6 +233,9 @@ class Supervisor:
             case MetricsLine(step, kind, values):
                 with contextlib.suppress(Exception):  # a display of metrics must not end a run
                     self._on_metrics(step, kind, values)
+            case ProgressSign(step):
+                if is_rank_0:
+                    self._coordinator.report_progress_sign(step, group)
             case CommittedCheckpoint(url, metrics):
                 if is_rank_0:
                     self._coordinator.report_checkpoint(url, metrics, group)
@@ -361,7 +357,7 @@ def explain_exit(code: int, num_oom_kills: int) -> ExitCause:
         is_known = -code in list(signal.Signals)
         name = signal.Signals(-code).name if is_known else f"signal {-code}"
         is_stop = -code in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        return ExitCause("killed" if is_stop else "crash", f"by {name}")
+        return ExitCause("killed" if is_stop else "crash", f"{BY_SIGNAL}{name}")
 
     if code == 1:
         # `worker_process.main` sends Python errors as a last message, also those before training,

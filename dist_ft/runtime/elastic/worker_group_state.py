@@ -8,9 +8,16 @@ replaced cannot join again.
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from dist_ft.core.errors import WorkerError
+from dist_ft.runtime.elastic.node_failures import (
+    KNOWN_LOSS,
+    UNKNOWN_LOSS,
+    WorkerPlace,
+    name_silent_workers,
+)
 from dist_ft.runtime.elastic.restart_policy import (
     AnnouncedLoss,
     Failure,
@@ -59,6 +66,10 @@ class WorkerGroupState:
         self._history = RestartHistory()
         self._group, self._num_ranks = "", 0
 
+        # Of the running group: its members, and those that Ray reported as lost.
+        self._group_members: dict[int, Member] = {}
+        self._lost_ranks: tuple[int, ...] = ()
+
         # For good: a supervisor of a lost group may wake up long after it.
         self._replaced_groups: set[str] = set()
 
@@ -77,7 +88,7 @@ class WorkerGroupState:
             self._replace_group(member, now_s)
 
         self._group, self._num_ranks = member.group, member.num_ranks
-        self._members[member.rank] = member
+        self._members[member.rank] = self._group_members[member.rank] = member
         if len(self._members) == member.num_ranks:
             self._has_started = True
 
@@ -95,11 +106,20 @@ class WorkerGroupState:
         """Return whether `generation` trains: all workers have joined, and none has failed."""
         return generation == self.generation and self._is_complete() and not self._reports
 
-    def announce_node_loss(self, description: str) -> None:
+    def announce_node_loss(self, description: str, event: str = AnnouncedLoss.event) -> None:
         """Note that nodes will be taken away: losing their workers is then no failure."""
         # The next generation too: the peers of a lost worker may fail before it is replaced.
-        loss = AnnouncedLoss(description, last_generation=self.generation + 1)
+        loss = AnnouncedLoss(description, self.generation + 1, event)
         self._history = replace(self._history, announced_loss=loss)
+
+    def report_lost_workers(self, ranks: Sequence[int]) -> None:
+        """Note which workers of the running group Ray lost; they are named when it is replaced."""
+        self._lost_ranks = tuple(ranks)
+
+    def workers_on(self, nodes: Container[str]) -> list[Member]:
+        """Return the members of the running group on `nodes`, by rank."""
+        members = [self._group_members[rank] for rank in sorted(self._group_members)]
+        return [member for member in members if member.node in nodes]
 
     def report_failure(self, generation: int, failure: Failure, now_s: float) -> None:
         """Note that a process of `generation` failed; ignored if another generation runs."""
@@ -118,12 +138,31 @@ class WorkerGroupState:
         if not self._reports:
             return None
 
-        decision = self._policy.on_failure(self._reports, self.generation, self._history, now_s)
+        reports = [self._with_silent_workers(report) for report in self._reports]
+        decision = self._policy.on_failure(reports, self.generation, self._history, now_s)
         if isinstance(decision, Wait):
             return None
 
         self._apply(decision)
         return decision.cause
+
+    def _with_silent_workers(self, report: FailureReport) -> FailureReport:
+        """Return the report of a hang with the names of the workers that did not report."""
+        if report.failure.kind != "hang":
+            return report
+
+        # If most are silent, they are late rather than stuck.
+        reported = {other.failure.rank for other in self._reports}
+        silent = [
+            WorkerPlace(rank, self._members[rank].node)
+            for rank in sorted(self._members)
+            if rank not in reported
+        ]
+        if not silent or 2 * len(silent) > len(self._members):
+            return report
+
+        text = name_silent_workers(report.failure.text, silent)
+        return replace(report, failure=replace(report.failure, text=text))
 
     def _is_complete(self) -> bool:
         first = self._members.get(0)
@@ -132,8 +171,12 @@ class WorkerGroupState:
     def _replace_group(self, member: Member, now_s: float) -> None:
         self._replaced_groups.add(self._group)
 
-        # Which worker was lost is not known here: the failure names the first new one.
-        loss = Failure(member.rank, member.node, "lost", "a worker or its node was lost")
+        # If Ray did not report which worker was lost, the failure names the first new one.
+        loss = Failure(member.rank, member.node, "lost", UNKNOWN_LOSS)
+        for rank in reversed(self._lost_ranks):
+            if rank in self._group_members:
+                loss = Failure(rank, self._group_members[rank].node, "lost", KNOWN_LOSS)
+
         decision = self._policy.on_replacement(
             loss,
             is_larger=member.num_ranks > self._num_ranks,
@@ -142,6 +185,7 @@ class WorkerGroupState:
             history=self._history,
             now_s=now_s,
         )
+        self._group_members, self._lost_ranks = {}, ()
         self._apply(decision)
 
     def _apply(self, decision: Restart | GiveUp) -> None:

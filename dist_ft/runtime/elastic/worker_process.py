@@ -17,12 +17,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
+from dist_ft.core import fault_injection
 from dist_ft.core.errors import DistFtError, explain_library_error
 from dist_ft.runtime.elastic import process_keeper
 from dist_ft.runtime.elastic.messages import (
@@ -33,6 +35,7 @@ from dist_ft.runtime.elastic.messages import (
     MetricsLine,
     OutputLine,
     ProcessExited,
+    ProgressSign,
     SaveDone,
     SaveRequest,
     Setup,
@@ -58,8 +61,14 @@ PEER_LOSS_TEXTS = (
     "DistNetworkError",
     "failed to recv",
     "unexpected EOF",
+    "remote process exited",
+    "NCCL communicator was aborted",
+    "Watchdog caught collective operation timeout",
+    "wait timeout after",
 )
 """Texts of errors that only say that another worker vanished."""
+PROGRESS_SIGN_S = 5.0
+"""Seconds between signs of progress that are sent to the supervisor."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -220,6 +229,12 @@ class _PipeCallback(Callback):
     def __init__(self, parent: _ParentPipe) -> None:
         self._parent = parent
         self._num_progress = 0
+        self._step: int | None = None
+        self._sent_sign_s = float("-inf")
+
+    def on_step_end(self, step: int, loss: float) -> None:
+        """Note the step, which the next sign of progress names."""
+        self._step = step
 
     def on_progress(self) -> None:
         """Report once that the first step is done, so that a spare may start."""
@@ -227,6 +242,11 @@ class _PipeCallback(Callback):
         self._num_progress += 1
         if self._num_progress == 2:
             self._parent.send(FirstStepsDone(tuple(sys.modules)))
+
+        now_s = time.monotonic()
+        if now_s - self._sent_sign_s >= PROGRESS_SIGN_S:
+            self._sent_sign_s = now_s
+            self._parent.send(ProgressSign(self._step))
 
     def on_metrics(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """Send the finite values."""
@@ -356,6 +376,9 @@ def _crashed(error: BaseException) -> TrainingCrashed:
     traceback.print_exc()
     full_text = f"{type(error).__name__}: {error}"
     is_peer_loss = any(text in full_text for text in PEER_LOSS_TEXTS)
+    if is_peer_loss:
+        # Where NCCL's watchdog would end this process instead.
+        fault_injection.hit("worker.peer_lost", int(os.environ.get("RANK", "0")))
 
     explained = explain_library_error(error)
     if explained is not None:

@@ -75,7 +75,9 @@ def _checks(
     yield partial(machine_checks.check_cpus, config)
     yield partial(machine_checks.check_gpus, config)
 
+    # A job sends notices from the cluster, whose variables and programs are not known here.
     if write_storage:
+        yield partial(machine_checks.check_notifications, config)
         yield partial(_check_writable, config)
         yield partial(_check_older_run, config)
     yield partial(trackers.missing_trackers, config)

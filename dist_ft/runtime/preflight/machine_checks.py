@@ -1,4 +1,4 @@
-"""Checks of this machine's CPUs and GPUs before a run.
+"""Checks of this machine's CPUs, GPUs and notifications before a run.
 
 Skipped where the run goes to another cluster.
 """
@@ -6,10 +6,12 @@ Skipped where the run goes to another cluster.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.world import World
+from dist_ft.training.notify.channels import url_problem
 
 
 def check_cpus(config: RunConfig) -> Iterator[str]:
@@ -44,6 +46,31 @@ def check_gpus(config: RunConfig) -> Iterator[str]:
             f"cluster.gpus_per_worker={config.cluster.gpus_per_worker}: {needed} GPUs are needed, "
             f"and this machine has {num_gpus} that torch can use. Set it to 0 to run on CPUs, or "
             "set cluster.address to a Ray cluster with GPUs."
+        )
+
+
+def check_notifications(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each channel of log.notify that cannot work from this machine."""
+    notify = config.log.notify
+    if notify.webhook_env:
+        field = f"log.notify.webhook_env={notify.webhook_env}"
+        url = os.environ.get(notify.webhook_env, "")
+        if not url:
+            yield (
+                f"{field}: this environment variable is not set here. It must hold the URL of the "
+                "webhook. Set it, or remove the field."
+            )
+        elif url_problem(url):
+            yield (
+                f"{field}: {url_problem(url)}. It must hold the URL of the webhook, such as "
+                "https://host/path. Correct the variable."
+            )
+
+    if notify.command and shutil.which(notify.command[0]) is None:
+        yield (
+            f"log.notify.command: {notify.command[0]} is no program that can be run here. Allowed: "
+            "the path of a program, or the name of one in PATH. Correct it, or make the file "
+            "executable."
         )
 
 

@@ -43,6 +43,7 @@ def as_text(plan: Plan) -> str:
         *_traffic_table(plan),
         "",
         *_pairs([("checkpoint", _checkpoint_line(plan))]),
+        *_pairs([("limits", line) for line in plan["limits"]]),
         "",
         "GPUs (a tenth of each is left to CUDA, NCCL and fragmentation)",
         *_gpu_table(plan),

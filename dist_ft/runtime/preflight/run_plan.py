@@ -16,6 +16,7 @@ from dist_ft.planning.batch import batch_arithmetic
 from dist_ft.planning.model_shape import ModelShape
 from dist_ft.planning.traffic import CheckpointBytes
 from dist_ft.planning.worker_memory import WorkerSetup
+from dist_ft.runtime.preflight.limit_estimate import limit_lines
 from dist_ft.runtime.preflight.model_trace import trace_model
 
 
@@ -102,6 +103,7 @@ class Plan(TypedDict):
         on_fewest_workers: bytes of a worker on `fewest_workers`.
         checkpoint_copy: bytes of a worker's copy for background checkpoints; False without.
         keep_last: number of the latest checkpoints that are kept.
+        limits: lines on run.max_hours and run.max_cost; empty without them.
     """
 
     run: str
@@ -116,6 +118,7 @@ class Plan(TypedDict):
     checkpoint_copy: int
     checkpoint: CheckpointBytes
     keep_last: int
+    limits: list[str]
     gpus: list[PlannedGpu]
 
 
@@ -176,6 +179,7 @@ def plan(
         "checkpoint_copy": config.checkpoint.background and checkpoint["per_worker"],
         "checkpoint": checkpoint,
         "keep_last": config.checkpoint.keep_last,
+        "limits": list(limit_lines(config)),
         "gpus": [_plan_gpu(name, shape, config, zero, setup) for name in gpu_names],
     }
 

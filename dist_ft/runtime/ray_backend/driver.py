@@ -17,17 +17,27 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from dist_ft.checkpoint.attempt_records import read_attempts
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core import logs
-from dist_ft.core.errors import DistFtError, WorkerError
+from dist_ft.core.errors import DistFtError, StorageError, WorkerError
 from dist_ft.core.world import World
 from dist_ft.runtime.elastic.coordinator import Coordinator, print_lines
-from dist_ft.runtime.elastic.supervisor import RendezvousTimeoutError, Supervisor, WorkerContext
+from dist_ft.runtime.elastic.node_failures import NodeFailure
+from dist_ft.runtime.elastic.supervisor import (
+    NodeLeftOutError,
+    RendezvousTimeoutError,
+    Supervisor,
+    WorkerContext,
+)
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.ray_backend import implicit_uploads
+from dist_ft.runtime.ray_backend.health import HealthWatch
+from dist_ft.runtime.ray_backend.left_out_nodes import NodeExclusion, earlier_failures
 from dist_ft.runtime.ray_backend.metrics import RunGauges
 from dist_ft.runtime.ray_backend.node_watch import NodeWatch
 from dist_ft.runtime.ray_backend.placement import (
@@ -46,35 +56,50 @@ from dist_ft.runtime.ray_backend.worker_group import (
     create_trainer,
 )
 from dist_ft.storage import filesystem
+from dist_ft.storage.filesystem import Store
 from dist_ft.training.console import Console
+from dist_ft.training.notify.monitor import RunMonitor, monitor_run
 from dist_ft.training.result import Result
 
 log = logging.getLogger("dist_ft.ray")
 OBJECT_STORE_BYTES = 128 * 2**20
+MAX_ATTEMPTS = 200
+"""Earlier attempts whose failures of nodes are looked at."""
 ELASTIC_START_S = 5.0
 """How long an elastic run waits for the workers of one attempt to start: a lost node may still
 be counted as free, and the next attempt asks for fewer workers."""
 
 
 def run(config: RunConfig) -> Result:
-    """Run `config` on Ray workers and return its result.
+    """Run `config` on Ray workers and return its result; send the notices of `log.notify`.
 
     Raises:
         DistFtError: the run ended without a result; the text is one clear line.
     """
     logs.setup_logging(level=config.log.level)
     filesystem.configure(config.storage.options)
+    with monitor_run(config) as monitor:
+        result = _run(config, monitor)
+        monitor.report_result(result)
+        return result
+
+
+def _run(config: RunConfig, monitor: RunMonitor) -> Result:
     with connected(config) as ray:
         require_resources(ray, config)
         name = f"coordinator-{os.getpid()}-{time.time_ns()}"
 
         # The actor lives as long as this reference to it.
-        actor = _start_coordinator(ray, name, config.cluster.max_failures)
+        limits = (config.cluster.max_failures, config.cluster.exclude_node_after)
+        actor = _start_coordinator(ray, name, *limits)
         coordinator = ActorClient(actor)
 
         try:
             trainer = create_trainer(config, name, _worker)
-            failure = _fit(ray, config, coordinator, trainer)
+            watches = _Watches(
+                HealthWatch(monitor), NodeWatch(ray), _node_exclusion(ray, config, coordinator)
+            )
+            failure = _fit(config, coordinator, trainer, watches)
 
             # While Ray is connected: the actor ends with the connection.
             outcome = coordinator.outcome()
@@ -189,7 +214,35 @@ def _short_ray_notices() -> Iterator[None]:
             dispatcher.remove_handler(__name__)
 
 
-def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
+@dataclass(frozen=True)
+class _Watches:
+    """What the driver looks at while the workers train."""
+
+    health: HealthWatch
+    nodes: NodeWatch
+    exclusion: NodeExclusion
+
+    def check(self, config: RunConfig, coordinator: ActorClient) -> None:
+        """Look once."""
+        self.health.check(coordinator.health())
+        if config.cluster.exclude_node_after:
+            failures = coordinator.take_node_failures()
+            self.exclusion.check(failures, coordinator.rank_0_silent_s())
+        if config.min_workers < config.max_workers:
+            self.nodes.check()
+
+
+def _node_exclusion(ray: Any, config: RunConfig, coordinator: ActorClient) -> NodeExclusion:
+    """Return what decides on nodes that failed, and also before this start."""
+    earlier: list[NodeFailure] = []
+    if config.cluster.exclude_node_after:
+        # Only a help: with storage that fails, the workers report it.
+        with contextlib.suppress(StorageError):
+            earlier = earlier_failures(read_attempts(Store(config.run_url), MAX_ATTEMPTS))
+    return NodeExclusion(ray, config, coordinator.leave_out, earlier)
+
+
+def _start_coordinator(ray: Any, name: str, max_failures: int, exclude_node_after: int = 0) -> Any:
     """Start the coordinator on this node, so that it survives the loss of any other."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -198,7 +251,7 @@ def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
     actor_class = ray.remote(num_cpus=0)(Coordinator).options(
         name=name, namespace=NAMESPACE, scheduling_strategy=this_node
     )
-    actor = actor_class.remote(max_failures)
+    actor = actor_class.remote(max_failures, exclude_node_after)
 
     # The first call waits until the actor runs, and raises here if it cannot start.
     ray.get(actor.outcome.remote())
@@ -207,7 +260,7 @@ def _start_coordinator(ray: Any, name: str, max_failures: int) -> Any:
 
 
 def _fit(
-    ray: Any, config: RunConfig, coordinator: ActorClient, trainer: Any
+    config: RunConfig, coordinator: ActorClient, trainer: Any, watches: _Watches
 ) -> BaseException | None:
     """Run the trainer in a thread and forward lines and signals; return what it raised.
 
@@ -227,8 +280,7 @@ def _fit(
         except BaseException as error:
             failures.append(error)
 
-    console, started_at, node_watch = Console(), time.monotonic(), NodeWatch(ray)
-    is_elastic = config.min_workers < config.max_workers
+    console, started_at = Console(), time.monotonic()
 
     # In a thread, because `fit` does not return before the run ends, and signals arrive here. A
     # daemon: Ray Train cannot be interrupted, and must not keep a driver that gave up from ending.
@@ -240,8 +292,7 @@ def _fit(
             if should_stop():
                 coordinator.request_stop()
             print_lines(console, coordinator.take_lines())
-            if is_elastic:
-                node_watch.check()
+            watches.check(config, coordinator)
 
             error = reason_to_stop_waiting(
                 config,
@@ -286,7 +337,7 @@ def _worker(settings: WorkerSettings) -> None:
         supervisor.run()
     except ray.exceptions.ActorDiedError:
         return  # the coordinator has ended, and so has the driver
-    except RendezvousTimeoutError:
+    except (RendezvousTimeoutError, NodeLeftOutError):
         raise  # not the end of the run: Ray Train places all workers anew
     except Exception as error:
         coordinator.end_run(

@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError, Interrupted, WorkerError
+from dist_ft.runtime.ray_backend.node_names import matching_nodes
 
 LOST_S = 60.0
 """Workers without a sign of life for this long count as lost."""
@@ -192,11 +193,15 @@ def _require_nodes(ray: Any, config: RunConfig) -> None:
     """
     cluster = config.cluster
     # Else the sums over all nodes are enough, which `require_resources` compares.
-    if not cluster.labels and not cluster.workers_per_node:
+    if not cluster.labels and not cluster.workers_per_node and not cluster.avoid_nodes:
         return
 
     # Ray also lists nodes that were lost.
     alive = [node for node in ray.nodes() if node["Alive"]]
+    if cluster.avoid_nodes:
+        avoided = matching_nodes(alive, frozenset(cluster.avoid_nodes))
+        alive = [node for node in alive if node["NodeID"] not in avoided]
+
     labeled = [node for node in alive if has_labels(node.get("Labels") or {}, cluster.labels)]
     per_worker = worker_resources(config)
     capacities = [num_workers_that_fit(node["Resources"], per_worker) for node in labeled]
@@ -216,6 +221,12 @@ def _require_nodes(ray: Any, config: RunConfig) -> None:
                 f"{num_suitable}{labels}; lower it, add nodes, or set cluster.wait_for_nodes=true "
                 "if an autoscaler adds them"
             )
+    elif sum(capacities) < config.min_workers and not cluster.labels:
+        raise WorkerError(
+            f"cluster.avoid_nodes=[{', '.join(cluster.avoid_nodes)}]: the other {len(alive)} nodes "
+            f"have room for {sum(capacities)} workers, but {config.min_workers} are needed; avoid "
+            "fewer nodes, add nodes, or set cluster.wait_for_nodes=true if an autoscaler adds them"
+        )
     elif sum(capacities) < config.min_workers:
         raise WorkerError(
             f"cluster.labels={dict(cluster.labels)}: {len(labeled)} of {len(alive)} nodes have "

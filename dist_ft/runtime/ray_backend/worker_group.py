@@ -6,9 +6,11 @@ nothing: `placement` and `preemption` do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Container
 from typing import Any, TypedDict
 
 from dist_ft.config.schema import RunConfig
@@ -16,6 +18,8 @@ from dist_ft.config.sections.cluster import NODE_ID_LABEL
 from dist_ft.core import fault_injection
 from dist_ft.runtime.elastic.messages import LineKind
 from dist_ft.runtime.elastic.preemption import PreemptionSaver
+from dist_ft.runtime.ray_backend.left_out_nodes import num_possible_workers, selectors
+from dist_ft.runtime.ray_backend.node_names import failed_nodes, matching_nodes
 from dist_ft.runtime.ray_backend.node_watch import recount_nodes
 from dist_ft.runtime.ray_backend.placement import (
     LOST_S,
@@ -82,7 +86,7 @@ def create_trainer(
         folder=os.getcwd(),
         failpoints=fault_injection.environment(),
     )
-    return _trainer_class()(
+    return _trainer_class(coordinator_name, config)(
         worker_loop,
         train_loop_config=settings,
         backend_config=_backend_config(),
@@ -106,8 +110,8 @@ def create_trainer(
     )
 
 
-def _trainer_class() -> type[Any]:
-    """Return Ray's trainer without its watch over the controller.
+def _trainer_class(coordinator_name: str, config: RunConfig) -> type[Any]:
+    """Return Ray's trainer without its watch over the controller, and with our count of workers.
 
     Not a TorchTrainer: its workers would import torch, which only the training processes need.
     """
@@ -122,7 +126,85 @@ def _trainer_class() -> type[Any]:
                 if type(callback).__name__ != CONTROLLER_WATCH
             ]
 
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            # The policy of an elastic run; with a Ray that names it otherwise, nodes that are left
+            # out count as usable, and a placement that fails is tried again.
+            policy = arguments.get("scaling_policy")
+            if hasattr(policy, "_count_possible_workers"):
+                arguments["scaling_policy"] = _elastic_policy(policy, coordinator_name, config)
+            return super()._initialize_and_run_controller(**arguments)
+
     return _Trainer
+
+
+def _elastic_policy(policy: Any, coordinator_name: str, config: RunConfig) -> Any:
+    """Return Ray's elastic policy, which counts no workers on nodes that are left out."""
+
+    class _Policy(type(policy)):  # type: ignore[misc]
+        def __init__(self, scaling_config: Any) -> None:
+            super().__init__(scaling_config)
+            self.own_workers: Counter[str] = Counter()
+
+        def make_decision_for_non_running_worker_group(self) -> Any:
+            self.own_workers = Counter()
+            return super().make_decision_for_non_running_worker_group()
+
+        def make_decision_for_running_worker_group(self, state: Any, status: Any) -> Any:
+            self.own_workers = Counter(worker.metadata.node_id for worker in state.workers)
+            return super().make_decision_for_running_worker_group(state, status)
+
+        def _count_possible_workers(self, reserved_resources: Any) -> int:
+            left_out = _left_out_ids(coordinator_name, config)
+            if not left_out:
+                return int(super()._count_possible_workers(reserved_resources))
+
+            per_worker = worker_resources(config)
+            reserved = {
+                node: num_workers_that_fit(resources, per_worker)
+                for node, resources in reserved_resources.items()
+            }
+            free = _free_capacities(config)
+            for node, count in self.own_workers.items():
+                free[node] = free.get(node, 0) + count
+            return num_possible_workers(reserved, free, left_out, config.max_workers)
+
+    return _Policy(policy.scaling_config)
+
+
+def _find_coordinator(name: str) -> ActorClient:
+    import ray
+
+    return ActorClient(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def _left_out_ids(coordinator_name: str, config: RunConfig) -> set[str]:
+    """Return the ids of the nodes that get no workers now."""
+    import ray
+
+    failed: list[str] = []
+    if config.cluster.exclude_node_after:
+        # If the coordinator has ended, so has the run.
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            failed = _find_coordinator(coordinator_name).left_out()
+
+    if not failed and not config.cluster.avoid_nodes:
+        return set()
+    nodes = ray.nodes()
+    avoided = matching_nodes(nodes, frozenset(config.cluster.avoid_nodes))
+    return avoided | failed_nodes(nodes, failed)
+
+
+def _free_capacities(config: RunConfig) -> dict[str, int]:
+    """Return how many workers fit into what is free on each node with the labels of the config."""
+    import ray
+
+    free = ray._private.state.available_resources_per_node()
+    capacities = {}
+    for node in ray.nodes():
+        if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels):
+            free_here = free.get(node["NodeID"], {})
+            capacities[node["NodeID"]] = num_workers_that_fit(free_here, worker_resources(config))
+    return capacities
 
 
 def _backend_config() -> Any:
@@ -143,16 +225,15 @@ def _controller_callback(coordinator_name: str, config: RunConfig) -> Any:
     """Return the callback in Ray Train's controller.
 
     It has the run save when the controller knows that workers will end. After a failure it keeps
-    Ray from waiting for new workers on a lost node. With cluster.workers_per_node it chooses each
-    worker's node.
+    Ray from waiting for new workers on a lost node, and reports which workers were lost. It keeps
+    workers off the nodes that are left out; with cluster.workers_per_node it chooses each worker's
+    node.
     """
     from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
     from ray.train.v2._internal.execution.controller import state as states
 
     def get_coordinator() -> ActorClient:
-        import ray
-
-        return ActorClient(ray.get_actor(coordinator_name, namespace=NAMESPACE))
+        return _find_coordinator(coordinator_name)
 
     class _Callback(ControllerCallback, WorkerGroupCallback):
         saver = PreemptionSaver(get_coordinator)
@@ -162,6 +243,8 @@ def _controller_callback(coordinator_name: str, config: RunConfig) -> Any:
                 self.saver.on_preemption(current_state.preemption_info, time.time())
             elif isinstance(current_state, states.ResizingState):
                 self.saver.save_before_resize()
+            elif isinstance(current_state, states.RestartingState):
+                _report_lost_workers(coordinator_name, current_state.training_failed_error)
 
         def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
             import ray
@@ -170,32 +253,46 @@ def _controller_callback(coordinator_name: str, config: RunConfig) -> Any:
             recount_nodes(ray)
 
         def before_worker_group_start(self, worker_group_context: Any) -> None:
+            left_out = _left_out_ids(coordinator_name, config)
+            num_workers = worker_group_context.num_workers
             if config.cluster.workers_per_node:
-                selectors = _node_selectors(config, worker_group_context.num_workers)
-                # A frozen dataclass, but not one with slots.
-                object.__setattr__(worker_group_context, "label_selector", selectors)
+                chosen = _node_selectors(config, num_workers, left_out)
+            elif left_out:
+                chosen = [selectors(config, left_out)] * num_workers
+            else:
+                return
+
+            # A frozen dataclass, but not one with slots.
+            object.__setattr__(worker_group_context, "label_selector", chosen)
 
     return _Callback()
 
 
-def _node_selectors(config: RunConfig, num_workers: int) -> list[dict[str, str]]:
-    """Wait for nodes with room for cluster.workers_per_node; return each worker's selector."""
+def _report_lost_workers(coordinator_name: str, error: Any) -> None:
+    """Report the ranks of workers whose Ray process or node was lost."""
     import ray
+
+    # Supervisors that end by themselves raise other errors.
+    failures = getattr(error, "worker_failures", None) or {}
+    died = ray.exceptions.RayActorError
+    lost = [rank for rank, cause in failures.items() if isinstance(cause, died)]
+    if lost:
+        with contextlib.suppress(Exception):  # it only names the loss
+            _find_coordinator(coordinator_name).report_lost_workers(sorted(lost))
+
+
+def _node_selectors(
+    config: RunConfig, num_workers: int, left_out: Container[str]
+) -> list[dict[str, str]]:
+    """Wait for nodes with room for cluster.workers_per_node; return each worker's selector."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     until = time.monotonic() + config.cluster.start_timeout_s
     while True:
         # What is free now: workers of this run that are about to end may still hold resources,
         # so this waits.
-        free = ray._private.state.available_resources_per_node()
-        capacities = {}
-        for node in ray.nodes():
-            if node["Alive"] and has_labels(node.get("Labels") or {}, config.cluster.labels):
-                free_here = free.get(node["NodeID"], {})
-                capacities[node["NodeID"]] = num_workers_that_fit(
-                    free_here, worker_resources(config)
-                )
-
+        free = _free_capacities(config)
+        capacities = {node: count for node, count in free.items() if node not in left_out}
         nodes = assign_nodes(capacities, num_workers, config.cluster.workers_per_node)
         if nodes is not None:
             return [{**config.cluster.labels, NODE_ID_LABEL: node} for node in nodes]

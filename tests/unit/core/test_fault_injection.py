@@ -53,6 +53,16 @@ def test_process_is_killed_once_over_processes(tmp_path):
     assert run(**env) == (0, "4 1")
 
 
+def test_several_failpoints_fail_once_each(tmp_path):
+    env = {
+        "DIST_FT_FAILPOINT": "place:2@0!abort;elsewhere;place:4@1",
+        "DIST_FT_FAILPOINT_ONCE": str(tmp_path / "died"),
+    }
+    assert run(**env) == (-signal.SIGABRT, "1 0")
+    assert run(**env) == (-signal.SIGKILL, "3 1")
+    assert run(**env) == (0, "4 1")
+
+
 def test_storage_and_sleep_log_a_warning_and_do_not_kill():
     program = (
         "import time\nfrom dist_ft.core import fault_injection\nstart = time.monotonic()\n"

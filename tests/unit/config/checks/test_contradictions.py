@@ -50,6 +50,55 @@ CASES = [
         "or more are Ray workers. Correct it.",
     ),
     (
+        ["cluster.collective_timeout_s=600"],
+        "cluster.collective_timeout_s=600: shorter than cluster.progress_timeout_s=1800, so nccl "
+        "would end all workers before the one that hangs is named. At least progress_timeout_s is "
+        "allowed. Raise it, or lower cluster.progress_timeout_s to 600.",
+    ),
+    (
+        ["cluster.network_variables={TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC: '480'}"],
+        "cluster.network_variables.TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=480: shorter than "
+        "cluster.progress_timeout_s=1800, so torch would end a worker before it is named. At "
+        "least progress_timeout_s is allowed. Raise it, or remove it: dist_ft sets it.",
+    ),
+    (
+        ["cluster.network_variables={TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC: soon}"],
+        "cluster.network_variables.TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=soon: not a whole number of "
+        "seconds. Allowed: digits. Correct it, or remove it.",
+    ),
+    (
+        ["cluster.avoid_nodes=[a, b]"],
+        "cluster.avoid_nodes=[a, b]: cluster.workers=0 is a single process. Allowed with Ray "
+        "workers. Set cluster.workers, or remove it.",
+    ),
+    (
+        ["cluster.workers=2", "cluster.avoid_nodes=[a]", "cluster.labels={ray.io/node-id: x}"],
+        "cluster.avoid_nodes=[a]: cluster.labels.ray.io/node-id also chooses nodes. Only one of "
+        "them is allowed. Remove the other.",
+    ),
+    (
+        ["log.notify.webhook_env=https://hooks.example.com/T000/secret"],
+        "log.notify.webhook_env: not the name of an environment variable. Allowed: letters, "
+        "digits and '_', such as DIST_FT_WEBHOOK. Set a variable to the URL, and write its name "
+        "here.",
+    ),
+    (
+        ["log.notify.command=[curl, 'https://hooks.example.com/T000/secret']"],
+        "log.notify.command: a word holds a URL, which may be a secret, and a config is stored "
+        "with the run. Allowed: URLs in the environment. Set log.notify.webhook_env to the name "
+        "of a variable, or have a script read one.",
+    ),
+    (
+        ["log.notify.command=['']"],
+        "log.notify.command: its first word, the program, is empty. Allowed: a list of words such "
+        "as [./notify.sh, me]. Correct it.",
+    ),
+    (
+        ["run.max_cost=9"],
+        "run.max_cost=9: cluster.cost_per_hour is 0, so no cost is ever reached. Needs the cost of "
+        "a worker for an hour. Set cluster.cost_per_hour, or use run.max_hours.",
+    ),
+    (
         ["schedule.steps=null"],
         "schedule.steps: neither steps nor epochs is set. One of them is needed as the length of "
         "the run. Set schedule.steps or schedule.epochs.",

@@ -13,6 +13,7 @@ import pytest
 from dist_ft.core import logs
 from dist_ft.core.errors import DataError
 from dist_ft.runtime.elastic.coordinator import (
+    DECIDE_S,
     MAX_LINES,
     REPORT_INTERVAL_S,
     SILENT_S,
@@ -22,6 +23,7 @@ from dist_ft.runtime.elastic.coordinator import (
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     OutputLine,
+    RunHealth,
     RunStatus,
     SaveDone,
 )
@@ -143,6 +145,74 @@ def test_failures_are_logged_and_too_many_end_the_run():
         "WARNING worker 0 on node node: killed (time 0); all workers resume from the latest checkpoint",
         "WARNING worker 0 on node node: killed (time 1); the run ends",
     ]
+
+
+def test_health_shows_progress_and_restarts():
+    coordinator, me = Coordinator(max_failures=3), Member("a", 0, 1, "node", "host:1")
+    coordinator.join(me, 0)
+    assert coordinator.health() == RunHealth(0, "", 0, None)
+    coordinator.report_progress_sign(None, "a")
+    coordinator.report_progress_sign(4, "a")
+    coordinator.report_local_checkpoint("a")
+    assert coordinator.health() == RunHealth(0, "", 3, 4)
+    coordinator.report_failure(0, Failure(0, "node", "killed", "by SIGKILL"))
+    coordinator.status(me, 0)
+    assert coordinator.health() == RunHealth(1, "worker 0 on node node: killed (by SIGKILL)", 3, 4)
+
+
+def test_restart_waits_for_the_decision_on_a_node_that_failed(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    coordinator = Coordinator(3, exclude_node_after=1)
+    members = [Member("a", 0, 2, "good", "host:1"), Member("a", 1, 2, "bad", "")]
+    for member in members:
+        coordinator.join(member, 0)
+    coordinator.report_failure(0, Failure(1, "bad", "crash", "by SIGSEGV"))
+    for member in members:
+        coordinator.join(member, 0)
+    status = [coordinator.join(member, 0) for member in members]
+    assert [one.rendezvous for one in status] == [None, None]
+    (failure,) = coordinator.take_node_failures()
+    assert (failure.node, failure.kind) == ("bad", "crash")
+    assert coordinator.take_node_failures() == []
+    assert coordinator.join(members[0], 0).rendezvous == "host:1", "the driver left it in"
+
+
+def test_driver_that_does_not_decide_delays_a_restart_for_a_limited_time(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    coordinator, me = Coordinator(3, exclude_node_after=1), Member("a", 0, 1, "bad", "host:1")
+    coordinator.join(me, 0)
+    coordinator.report_failure(0, Failure(0, "bad", "crash", "by SIGSEGV"))
+    coordinator.join(me, 0)
+    assert coordinator.join(me, 0).rendezvous is None
+    now += DECIDE_S
+    assert coordinator.join(me, 0).rendezvous == "host:1"
+
+
+def test_workers_of_a_node_that_is_left_out_leave_and_the_others_wait():
+    coordinator = Coordinator(0, exclude_node_after=1)
+    good, bad = Member("a", 0, 2, "good", "host:1"), Member("a", 1, 2, "bad", "")
+    coordinator.join(good, 0)
+    coordinator.join(bad, 0)
+    coordinator.leave_out(["bad"])
+    assert coordinator.left_out() == ["bad"]
+    assert coordinator.join(bad, 0).must_leave and not coordinator.join(good, 0).must_leave
+    assert coordinator.join(good, 0).rendezvous is None
+
+    # Ray places all workers anew, elsewhere; with max_failures=0 a failure would end the run.
+    alone = coordinator.join(Member("b", 0, 1, "good", "host:2"), 0)
+    assert alone.rendezvous == "host:2" and not alone.is_over
+    assert alone.reason == "planned: worker 1 on node bad is left out"
+
+
+def test_node_that_is_used_again_holds_nobody():
+    coordinator, me = Coordinator(0, exclude_node_after=1), Member("a", 0, 1, "bad", "host:1")
+    coordinator.join(me, 0)
+    coordinator.leave_out(["bad"])
+    assert coordinator.join(me, 0).rendezvous is None
+    coordinator.leave_out([])
+    assert coordinator.join(me, 0).rendezvous == "host:1"
 
 
 def test_unfetched_lines_are_bounded_and_counted():

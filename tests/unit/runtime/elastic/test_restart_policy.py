@@ -26,6 +26,9 @@ KILLED = Failure(1, "node", "killed", "by SIGKILL")
 BUG = Failure(0, "node", "error", "KeyError: 'x'")
 OTHER_BUG = Failure(0, "node", "error", "KeyError: 'y'")
 PEER = Failure(0, "node", "peer", "Connection closed by peer")
+ABORT = Failure(0, "node", "crash", "by SIGABRT")
+ABORT_ELSEWHERE = Failure(1, "other", "crash", "by SIGABRT")
+SEGFAULT = Failure(0, "node", "crash", "by SIGSEGV")
 LOST = Failure(1, "node", "lost", "a worker or its node was lost")
 ANNOUNCED = AnnouncedLoss("node abc (worker 1)", last_generation=3)
 PLANNED_LOSS = "planned: node abc (worker 1) was taken away, as announced"
@@ -46,6 +49,10 @@ def reports(*items: tuple[Failure, float]) -> list[FailureReport]:
             [(PEER, 5.0), (PEER, 5.5)], 5.5, 5.0 + SETTLE_S, id="another peer does not prolong it"
         ),
         pytest.param([(PEER, 5.0), (PEER, 5.5)], 6.0, PEER, id="it counts from the first report"),
+        pytest.param([(ABORT, 5.0)], 5.0, 5.0 + SETTLE_S, id="an abort may follow a loss"),
+        pytest.param([(ABORT, 5.0)], 5.0 + SETTLE_S, ABORT, id="an abort alone is the cause"),
+        pytest.param([(ABORT, 5.0), (KILLED, 5.2)], 5.2, KILLED, id="the kill explains the abort"),
+        pytest.param([(SEGFAULT, 5.0)], 5.0, SEGFAULT, id="other signals are causes"),
     ],
 )
 def test_policy_waits_for_the_cause_after_the_loss_of_a_peer(
@@ -72,14 +79,35 @@ def test_policy_waits_for_the_cause_after_the_loss_of_a_peer(
         pytest.param(-1, [BUG], BUG, "the same failure repeated", id="also without a limit"),
         pytest.param(1, [BUG], BUG, "gave up after", id="the budget is checked first"),
         pytest.param(9, [KILLED], KILLED, None, id="kills may repeat"),
+        pytest.param(9, [ABORT], ABORT_ELSEWHERE, None, id="two aborts on different workers"),
+        pytest.param(
+            9, [ABORT, ABORT_ELSEWHERE, ABORT], ABORT_ELSEWHERE, None, id="aborts that alternate"
+        ),
+        pytest.param(2, [ABORT, ABORT_ELSEWHERE], ABORT, "gave up after", id="but the budget"),
+        pytest.param(9, [ABORT], ABORT, None, id="two aborts of one worker may be chance"),
+        pytest.param(9, [ABORT, ABORT], ABORT, "the same failure repeated", id="three are not"),
+        pytest.param(
+            9, [SEGFAULT, SEGFAULT], SEGFAULT, "the same failure repeated", id="three segfaults"
+        ),
+        pytest.param(
+            9,
+            [SEGFAULT, replace(SEGFAULT, rank=1)],
+            SEGFAULT,
+            None,
+            id="segfaults on different workers",
+        ),
+        pytest.param(
+            -1, [SEGFAULT, SEGFAULT], SEGFAULT, "the same failure repeated", id="without a limit"
+        ),
     ],
 )
 def test_policy_gives_up(
     max_failures: int, before: list[Failure], failure: Failure, message: str | None
 ) -> None:
     history = RestartHistory(tuple(before))
-    decision = RestartPolicy(max_failures).on_failure(reports((failure, 10.0)), 7, history, 10.0)
-    after = RestartHistory((*before, failure), start_at_s=10.0 + backoff_s(len(before) + 1))
+    now_s = 10.0 + SETTLE_S
+    decision = RestartPolicy(max_failures).on_failure(reports((failure, 10.0)), 7, history, now_s)
+    after = RestartHistory((*before, failure), start_at_s=now_s + backoff_s(len(before) + 1))
     if message is None:
         assert decision == Restart(str(failure), after, failure)
     else:
@@ -94,6 +122,7 @@ def test_policy_gives_up(
     [
         pytest.param(LOST, 2, True, None, id="the announced loss"),
         pytest.param(PEER, 2, True, ANNOUNCED, id="noticed by its peers first"),
+        pytest.param(ABORT, 2, True, ANNOUNCED, id="nccl aborts its peers first"),
         pytest.param(LOST, 3, True, None, id="in the last generation it explains"),
         pytest.param(LOST, 4, False, ANNOUNCED, id="too late"),
         pytest.param(KILLED, 2, False, ANNOUNCED, id="another failure"),
@@ -123,6 +152,10 @@ def test_announced_loss_costs_nothing(
             [PEER], False, False, [LOST], str(LOST), id="its peers failed first: one loss"
         ),
         pytest.param([PEER], False, True, [PEER, LOST], str(LOST), id="two losses"),
+        pytest.param(
+            [ABORT], False, False, [LOST], str(LOST), id="nccl aborted its peers first: one loss"
+        ),
+        pytest.param([SEGFAULT], False, False, [SEGFAULT, LOST], str(LOST), id="a crash, a loss"),
         pytest.param([BUG], False, False, [BUG, LOST], str(LOST), id="a loss after a bug"),
         pytest.param([], True, True, [], "planned: more workers joined", id="more workers"),
         pytest.param(
@@ -163,6 +196,27 @@ def test_announced_loss_by_replacement_costs_nothing() -> None:
 def test_cause_is_the_first_failure_that_is_not_a_lost_peer() -> None:
     assert find_cause(reports((PEER, 0), (KILLED, 1), (BUG, 2))) == KILLED
     assert find_cause(reports((PEER, 0), (replace(PEER, rank=2), 1))) == PEER
+
+
+def test_abort_is_named_only_if_nothing_else_explains_it() -> None:
+    assert find_cause(reports((ABORT, 0), (PEER, 1))) == find_cause(reports((ABORT, 0))) == ABORT
+    assert find_cause(reports((ABORT, 0), (replace(KILLED, rank=1), 1))).kind == "killed"
+    assert find_cause(reports((ABORT, 0), (SEGFAULT, 1))) == SEGFAULT
+
+    # Another worker failed first, or several aborted: none of them is known as the cause.
+    later = find_cause(reports((replace(PEER, rank=1), 0), (ABORT, 1)))
+    several = find_cause(reports((ABORT, 0), (ABORT_ELSEWHERE, 1)))
+    expected = replace(ABORT, kind="peer", text="by SIGABRT, as NCCL ends a worker without a peer")
+    assert later == several == expected
+
+
+def test_aborts_of_several_workers_never_count_as_repeated() -> None:
+    policy, history = RestartPolicy(-1), RestartHistory()
+    for number in range(9):
+        both = reports((ABORT, number * 100.0), (ABORT_ELSEWHERE, number * 100.0))
+        decision = policy.on_failure(both, number, history, number * 100.0 + SETTLE_S)
+        assert isinstance(decision, Restart), number
+        history = decision.history
 
 
 def test_backoff_doubles_up_to_a_limit() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ft.runtime.elastic.restart_policy import (
+    HANG_SETTLE_S,
     MAX_BACKOFF_S,
     SETTLE_S,
     Failure,
@@ -206,3 +207,40 @@ def test_replaced_group_is_in_no_generation(events):
         if state.rendezvous(now + 10**6) is not None:
             assert {own.rank for own in members} == {0, 1, 2}
         assert not any(state.is_replaced(own.group) for own in members)
+
+
+def test_hang_names_the_workers_that_do_not_report():
+    state = join_all(new_state(3), size=4)
+    for rank in (0, 2, 3):
+        state.report_failure(0, failure("hang", rank, "no progress"), 5.0)
+    assert state.check(5.0) is None, "the others may still report"
+    cause = state.check(5.0 + HANG_SETTLE_S)
+    assert cause.rank == 0
+    assert cause.text == "no progress; no sign of life from worker 1 on node node"
+    assert state.reason == f"worker 0 on node node: hang ({cause.text})"
+
+
+def test_hang_that_most_workers_did_not_report_yet_blames_nobody():
+    state = join_all(new_state(3), size=4)
+    state.report_failure(0, failure("hang", 0, "no progress"), 5.0)
+    assert state.check(5.0 + HANG_SETTLE_S).text == "no progress"
+    everyone = join_all(new_state(3), size=2)
+    for rank in (0, 1):
+        everyone.report_failure(0, failure("hang", rank, "no progress"), 5.0)
+    assert everyone.check(5.0 + HANG_SETTLE_S).text == "no progress"
+
+
+def test_loss_that_ray_reported_is_named():
+    state = join_all(new_state(3), size=3)
+    state.report_lost_workers([2])
+    state.join(Member("b", 0, 2, "other", "host:1"), 1.0)
+    assert state.reason == "worker 2 on node node: lost (the worker or its node was lost)"
+    assert state.workers_on({"node"}) == [] and len(state.workers_on({"other"})) == 1
+
+
+def test_workers_on_a_node_that_is_left_out_leave_without_a_failure():
+    state = join_all(new_state(0), size=2)
+    state.announce_node_loss("worker 1 on node node", "is left out")
+    state.join(Member("b", 0, 1, "other", "host:1"), 1.0)
+    assert state.error is None
+    assert state.reason == "planned: worker 1 on node node is left out"

@@ -209,3 +209,24 @@ def test_config_with_broken_fields_is_checked_as_far_as_possible(base):
     assert [line.split("=")[0] for line in check_run.check(config, is_complete=False)] == [
         "model.path"
     ]
+
+
+def test_notifications_that_cannot_work_from_here_are_reported(base, monkeypatch):
+    monkeypatch.delenv("MY_HOOK", raising=False)
+    assert lines(base, "log.notify={command: [sh, -c, 'true'], webhook_env: ''}") == []
+    assert lines(base, "log.notify={command: [/no/such], webhook_env: MY_HOOK}") == [
+        "log.notify.webhook_env=MY_HOOK: this environment variable is not set here. It must hold "
+        "the URL of the webhook. Set it, or remove the field.",
+        "log.notify.command: /no/such is no program that can be run here. Allowed: the path of a "
+        "program, or the name of one in PATH. Correct it, or make the file executable.",
+    ]
+    monkeypatch.setenv("MY_HOOK", "ftp://host/s3cret")
+    (line,) = lines(base, "log.notify.webhook_env=MY_HOOK")
+    assert line.startswith("log.notify.webhook_env=MY_HOOK: the variable does not hold an http")
+    assert "s3cret" not in line
+    monkeypatch.setenv("MY_HOOK", "https://host/s3cret")
+    assert lines(base, "log.notify.webhook_env=MY_HOOK") == []
+
+    # A submitted job sends its notices from the cluster.
+    config = load_config(base, ["log.notify.command=[/no/such]"])
+    assert check_run.check(config, write_storage=False) == []

@@ -56,6 +56,30 @@ def test_cluster_that_is_too_small_is_an_error():
         require_resources(Cluster(CPU=8), config(gpus_per_worker=1))
 
 
+def test_avoided_nodes_hold_no_workers():
+    class Nodes(Cluster):
+        def nodes(self):
+            return [
+                {
+                    "NodeID": name * 28,
+                    "NodeManagerHostname": name,
+                    "Alive": True,
+                    "Resources": {"CPU": 1.0},
+                }
+                for name in ("a1", "b2", "c3")
+            ]
+
+    cluster = Nodes(CPU=3)
+    require_resources(cluster, config(avoid_nodes=["a1"]))
+    with pytest.raises(WorkerError) as caught:
+        require_resources(cluster, config(avoid_nodes=["a1", "b2"]))
+    assert str(caught.value) == (
+        "cluster.avoid_nodes=[a1, b2]: the other 1 nodes have room for 1 workers, but 2 are "
+        "needed; avoid fewer nodes, add nodes, or set cluster.wait_for_nodes=true if an "
+        "autoscaler adds them"
+    )
+
+
 def test_wait_for_workers_is_bounded():
     busy = config(start_timeout_s=30)
     assert reason_to_stop_waiting(busy, 30, None, False) is None

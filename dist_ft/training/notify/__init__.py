@@ -1,0 +1,1 @@
+"""Notifications about a run (`log.notify`): what happened, and its delivery."""
