@@ -162,6 +162,7 @@ class SecretScanner:
         self.found: str | None = None
         self._variables = variables
         self._end = b""
+        self._is_utf16: bool | None = None  # not known before the first chunk
         self._overlap = max(OVERLAP_BYTES, *map(len, variables)) if variables else OVERLAP_BYTES
 
         # Code and texts may contain the marker as a pattern, as this module does.
@@ -173,6 +174,11 @@ class SecretScanner:
         """Search the next part of the file; parts are of any size."""
         if self.found:
             return
+        if self._is_utf16 is None:
+            self._is_utf16 = chunk.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if self._is_utf16:
+            # as a text of one byte a character, in which all credentials are written
+            chunk = chunk.replace(b"\0", b"")
         content = self._end + chunk
         self.found = self._search(content)
         self._end = content[-self._overlap :]
