@@ -17,7 +17,7 @@ from fuzz.judge import Outcome, problems
 from fuzz.minimize import minimize
 
 HERE = Path(__file__).resolve().parent
-KINDS = ("configs", "commands", "runs", "stored", "models", "rows", "templates", "k8s")
+KINDS = ("sound", "configs", "commands", "runs", "stored", "models", "rows", "templates", "k8s")
 
 
 @pytest.fixture(scope="module")
