@@ -22,8 +22,6 @@ from dist_ft.core.errors import (
 )
 from dist_ft.core.native_errors import is_panic
 
-MAX_PROBLEMS = 50
-"""Problems of a config that are printed: a list of a wrong type has one for each of its items."""
 _ADVICE = {
     errno.ENOSPC: "The disk is full. Free some space.",
     errno.EDQUOT: "The quota of the disk is used up. Free some space.",
@@ -126,12 +124,7 @@ def _message(error: DistFtError) -> str:
 
     # Problems of a config are one line each, whatever newlines a value has.
     if isinstance(error, ConfigError):
-        problems = []
-        for problem in error.problems[:MAX_PROBLEMS]:
-            problems.append(shorten(printable_line(redact(problem))))
-        num_more = len(error.problems) - len(problems)
-        if num_more > 0:
-            problems.append(f"and {num_more:,} more problems. Correct these first.")
+        problems = [shorten(printable_line(redact(problem))) for problem in error.problems]
         return f"dist-ft: {ConfigError(problems, shorten(printable_line(redact(error.source))))}"
 
     # A newline in a name or a row of data must not look like a second message.
