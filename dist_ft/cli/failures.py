@@ -120,18 +120,18 @@ def _flush_output() -> None:
 
 def _message(error: DistFtError) -> str:
     from dist_ft.core.logs import redact
-    from dist_ft.core.printable import printable, printable_line
+    from dist_ft.core.printable import printable, printable_line, shorten
 
     # Problems of a config are one line each, whatever newlines a value has.
     if isinstance(error, ConfigError):
-        problems = [printable_line(redact(problem)) for problem in error.problems]
-        return f"dist-ft: {ConfigError(problems, printable_line(redact(error.source)))}"
+        problems = [shorten(printable_line(redact(problem))) for problem in error.problems]
+        return f"dist-ft: {ConfigError(problems, shorten(printable_line(redact(error.source))))}"
 
     # A newline in a name or a row of data must not look like a second message.
-    escape = printable
+    text = redact(f"dist-ft: {error}")
     if isinstance(error, DataError | DocumentError | ModelError | StorageError):
-        escape = printable_line
-    return escape(redact(f"dist-ft: {error}"))
+        return shorten(printable_line(text))
+    return "\n".join(shorten(line) for line in printable(text).split("\n"))
 
 
 def _print_failure(text: str, code: int, error: BaseException) -> int:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 PLANNED = "planned: "
 """Prefix of the reason why an attempt ended, if nothing failed."""
+MAX_PROBLEMS = 50
+"""Problems of a config in its text: a list of a wrong type has one for each of its items."""
 MAX_LINE = 200
 """Characters of a library's error that are quoted."""
 
@@ -42,7 +44,10 @@ class ConfigError(DistFtError):
             noun = "problem"
 
         lines = [f"{source}: {len(self.problems)} {noun}"]
-        lines.extend(f"  - {problem}" for problem in self.problems)
+        lines.extend(f"  - {problem}" for problem in self.problems[:MAX_PROBLEMS])
+        num_more = len(self.problems) - MAX_PROBLEMS
+        if num_more > 0:
+            lines.append(f"  - ... and {num_more:,} more. Correct these first.")
         super().__init__("\n".join(lines))
 
     def __reduce__(self):

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 
 # A replacement table for `str.translate`, which is fast and leaves all other text as it is.
+MAX_LINE_CHARS = 1200
+"""Characters of a line of a message: a value that is quoted in it may have millions."""
 _KEPT = "\n\t"
 """Control characters that stay: they are layout, and cannot move the cursor back."""
 _RANGES = (
@@ -92,6 +94,18 @@ def printable_line(text: str) -> str:
     if _ANY.search(text) is None:
         return text
     return text.translate(_LINE)
+
+
+def shorten(text: str, max_chars: int = MAX_LINE_CHARS) -> str:
+    """Return `text`; of a longer one its start and its end, where a message says what to do.
+
+    Credentials must be redacted before: half of one would not be recognized any more.
+    """
+    if len(text) <= max_chars:
+        return text
+
+    half = max_chars // 2
+    return f"{text[:half]} ... ({len(text):,} characters) ... {text[-half:]}"
 
 
 def printable_json(text: str) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 MUTATED = "mutated"
 """Folder of the files that a call reads, in the project."""
+MAX_ROW_PROBLEM = 3000
 
 
 def _each_file(
@@ -28,19 +29,27 @@ def _each_file(
 
 
 def unclear(error: Exception) -> Iterator[str]:
-    """Yield what is wrong with the text of an error."""
+    """Yield what is wrong with the text of an error.
+
+    The command line escapes control characters and shortens what is long.
+    """
     from dist_ft.core.errors import ConfigError
 
-    lines = str(error).splitlines()
-    if isinstance(error, ConfigError):
-        lines = list(error.problems)
-    elif len(lines) != 1:
-        yield f"{type(error).__name__} has {len(lines)} lines: {str(error)[:300]!r}"
+    lines = list(error.problems) if isinstance(error, ConfigError) else [str(error)]
     for line in lines:
-        if len(line) > 5000:
-            yield f"{type(error).__name__} has a line of {len(line):,} characters: {line[:200]!r}"
-        if any(ord(character) < 32 and character != "\t" for character in line):
-            yield f"{type(error).__name__} has a control character: {line[:300]!r}"
+        if not line.strip():
+            yield f"{type(error).__name__} without a text"
+        if len(line.splitlines()) > 1 and not isinstance(error, ConfigError):
+            yield f"{type(error).__name__} of several lines: {line[:300]!r}"
+
+
+def _unclear_rows(bad_rows: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with the problems of skipped rows, which are stored."""
+    for line in bad_rows:
+        if " row " not in line:
+            yield f"a skipped row is not named: {line[:300]!r}"
+        if len(line) > MAX_ROW_PROBLEM:
+            yield f"the problem of a row has {len(line):,} characters: {line[:200]!r}"
 
 
 def read_manifests(project: Path) -> Iterator[str]:
@@ -142,8 +151,7 @@ def encode_rows(project: Path) -> Iterator[str]:
                 num_skipped += len(encoded.bad_rows)
                 if len(encoded.offsets) != len(rows) + 1:
                     yield f"{len(rows)} rows became {len(encoded.offsets) - 1} samples"
-                for line in encoded.bad_rows:
-                    yield from unclear(DataError(line))
+                yield from _unclear_rows(encoded.bad_rows)
         except DataError as error:
             yield from unclear(error)
             if bad_rows == "skip":
@@ -194,8 +202,7 @@ def fill_templates(project: Path) -> Iterator[str]:
     except (ConfigError, DataError, ModelError) as error:
         yield from unclear(error)
         return
-    for line in encoded.bad_rows:
-        yield from unclear(DataError(line))
+    yield from _unclear_rows(encoded.bad_rows)
 
 
 def _fill(project: Path, use: str, template: str) -> Any:

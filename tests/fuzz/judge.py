@@ -11,7 +11,7 @@ from fuzz.sandbox import CRASHED, GUARDED
 MAX_SECONDS = 10.0
 MAX_GROWTH_BYTES = 2**30
 MAX_ERROR_CHARACTERS = 20_000
-EXIT_CODES = (0, 1, 2, 130, GUARDED)
+EXIT_CODES = (0, 1, 2, 3, 130, GUARDED)
 VERDICTS = ("runs verify", "data verify", "jobs status")
 """Commands that end with 1 after a result on stdout."""
 BUG = re.compile(r"(?i)this is a (bug|gap) in dist_ft|unexpected \w+(Error|Exception)\b.*traceback")
@@ -20,7 +20,6 @@ NATIVE = re.compile(
     r"|terminate called|Segmentation fault"
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LOG_LINE = re.compile(r"^(\[rank \d+\] )?(DEBUG|INFO|WARNING|ERROR) ")
 FRAME = re.compile(r'^\s+File "(?P<file>[^"]+)", line (?P<line>\d+),? in (?P<function>\S+)', re.M)
 
 
@@ -129,19 +128,6 @@ def _message_problems(outcome: Outcome, command: str) -> Iterator[Problem]:
     for text in (outcome.stdout, outcome.stderr):
         if match := CONTROL.search(text):
             yield Problem("control character", repr(_line_of(text, match.start()))[:200])
-    yield from _noise(outcome, lines)
-
-
-def _noise(outcome: Outcome, lines: list[str]) -> Iterator[Problem]:
-    """Yield lines of other programs that come before ours."""
-    if not outcome.code:
-        return
-    for line in lines:
-        if line.startswith(("dist-ft: ", "Usage: ", "Error: ")):
-            return
-        if line.strip() and not LOG_LINE.match(line) and not line.startswith(("note: ", "Try ")):
-            yield Problem("noise", line[:200])
-            return
 
 
 def _line_of(text: str, position: int) -> str:

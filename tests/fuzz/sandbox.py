@@ -29,7 +29,8 @@ GUARDED = 99
 """Exit code of a case that did what a test must not do: train for long, start Ray, ..."""
 CRASHED = 98
 """Exit code of a case whose exception left the command line."""
-MAX_STEPS = 4
+MAX_STEPS = 8
+"""Steps that a case may train."""
 MAX_GROWTH_BYTES = 3 * 2**30
 """Memory that a case can get: the machine survives what a bomb does."""
 MAX_FILE_BYTES = 256 * 2**20

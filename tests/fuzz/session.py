@@ -119,8 +119,12 @@ def _add(summary: Summary, case: Case, outcome: Outcome) -> None:
 
 def judged(case: Case, outcome: Outcome) -> list[Problem]:
     """Return what is wrong with how a case ended."""
-    command = "" if case.input.call else " ".join(case.input.words[:2])
-    return problems(outcome, command or case.input.call, KINDS[case.kind].may_write_outside)
+    command = case.input.call or " ".join(case.input.words[:2])
+    kind = KINDS[case.kind]
+    found = problems(outcome, command, kind.may_write_outside)
+    if kind.must_succeed and outcome.code:
+        found.append(Problem("refused", f"exit code {outcome.code}: {outcome.stderr[-300:]!r}"))
+    return found
 
 
 def table(summaries: dict[str, Summary]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from dist_ft.cluster.k8s import (
 )
 from dist_ft.cluster.k8s.load_manifests import Document, Problem, lookup
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.printable import printable_line
 
 RAY_KINDS = ("RayJob", "RayCluster")
 REQUIRED_PACKAGES = {
@@ -33,6 +35,12 @@ REQUIRED_PACKAGES = {
 }
 """Module names and the packages that contain them."""
 MAX_MESSAGE_LENGTH = 300
+MAX_NAME_LENGTH = 100
+_NAMES = {
+    "apiVersion": re.compile(r"([a-z0-9.-]+/)?v[a-z0-9]+"),
+    "kind": re.compile(r"[A-Za-z][A-Za-z0-9]*"),
+}
+"""Names from which the schema of an object follows."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +165,15 @@ def _check_structure(
     """Yield what an API server would refuse."""
     # without kind and version there is no schema to choose, so other problems would be guesses
     content = document.content
-    for field in ("apiVersion", "kind"):
-        if not isinstance(lookup(content, field), str):
+    for field, pattern in _NAMES.items():
+        name = lookup(content, field)
+        if not isinstance(name, str):
             yield Problem(field, "is missing. Every object needs one. Add it.")
+            return
+        # The library opens a file with this name: it must not lead elsewhere.
+        if not pattern.fullmatch(name):
+            shown = printable_line(name)[:MAX_NAME_LENGTH]
+            yield Problem(field, f"is {shown!r}, which no object of Kubernetes has. Correct it.")
             return
     if not isinstance(lookup(content, "metadata", "name"), str):
         yield Problem("metadata.name", "is missing or not a string. Every object needs one.")

@@ -16,11 +16,14 @@ import yaml
 
 from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.printable import printable_line, shorten
 from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.local_files import read_regular
 
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
 KUSTOMIZE_TIMEOUT_S = 60
+MAX_NAME_CHARS = 200
+"""Characters of an object's name in a message; Kubernetes allows 253, and files have more."""
 
 
 class Problem(NamedTuple):
@@ -64,8 +67,9 @@ class Document:
 
     def describe(self, problem: Problem) -> str:
         """Return a problem of this object as one line."""
-        object_name = f"{self.kind or 'object'}/{self.name or '?'}"
-        return f"{self.file}: {object_name} {problem.path}: {problem.message}"
+        object_name = printable_line(f"{self.kind or 'object'}/{self.name or '?'}")
+        shown = shorten(object_name, MAX_NAME_CHARS)
+        return f"{self.file}: {shown} {problem.path}: {problem.message}"
 
 
 def lookup(content: Any, *steps: str | int, default: Any = None) -> Any:

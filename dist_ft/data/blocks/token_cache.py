@@ -302,6 +302,10 @@ def read_block(path: Path, check: bool = True) -> TokenizedBlock:
 def _map_array(mapped: mmap.mmap, start: int, entry: dict[str, Any], dtype: str) -> np.ndarray:
     """Return a tensor of a safetensors file as a view of the mapping, which starts at `start`."""
     first, last = entry["data_offsets"]
+    are_integers = type(first) is int and type(last) is int
+    if not are_integers or not 0 <= first <= last <= len(mapped) - start:
+        raise ValueError("an array is outside the file")
+
     count = (last - first) // np.dtype(dtype).itemsize
     if not count:
         return np.empty(0, dtype)

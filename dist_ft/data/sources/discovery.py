@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
-from dist_ft.core.printable import printable_line
+from dist_ft.core.printable import printable_line, shorten
 from dist_ft.data.sources import hub
 from dist_ft.storage import filesystem
 
@@ -79,7 +79,9 @@ class RowLocation(NamedTuple):
 
     def error(self, problem: str) -> DataError:
         """Return the error for a row that cannot be used."""
-        return DataError(redact(f"{printable_line(self.shard_url)} row {self.number}: {problem}"))
+        # Values of the row may be long, and skipped rows keep their errors.
+        line = redact(f"{printable_line(self.shard_url)} row {self.number}: {problem}")
+        return DataError(shorten(line))
 
 
 def discover_shards(

@@ -160,7 +160,7 @@ def _is_number(item: Any) -> bool:
     return any(name in repr(kind).lower() for name in ("int", "float"))
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return a command line, mostly with mutations."""
     command = rng.choice(commands())
     words = [*command.words, *_arguments(rng, command)]

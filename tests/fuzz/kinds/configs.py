@@ -30,7 +30,7 @@ TAGS = (
 )
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return a command on a mutated config."""
     if rng.random() < 0.08:
         return _series(rng)
@@ -76,7 +76,7 @@ def _config(rng: random.Random) -> tuple[bytes, list[str]]:
         document = documents.with_random_fields(rng, document, rng.choice((0, 1, 2, 6)))
         content = yaml.safe_dump(document, sort_keys=False).encode()
 
-    if rng.random() < 0.92:
+    if rng.random() < 0.8:
         content = _mutated(rng, content)
     if rng.random() < 0.3:
         overrides.insert(rng.randrange(len(overrides) + 1), _override(rng))

@@ -17,7 +17,7 @@ NAMES = (
 )
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return `k8s check` of a mutated manifest."""
     name = rng.choice([name for name in materials.files("k8s") if "/base/" in name])
     content = materials.read(name)

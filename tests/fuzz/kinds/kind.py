@@ -16,14 +16,16 @@ class Kind:
 
     Attributes:
         name: as on the command line.
-        generate: draws an input; the same one for the same random generator.
+        generate: draws the input of a number; the same one for the same random generator.
         materials: what cases may need.
+        must_succeed: an exit code other than 0 is a failure.
         may_write_outside: the user wrote the input and may name any path to write to.
         quick_cases: how many cases of the quick tier are of this kind.
     """
 
     name: str
-    generate: Callable[[random.Random, Materials], Input]
+    generate: Callable[[random.Random, Materials, int], Input]
     materials: tuple[str, ...]
+    must_succeed: bool = False
     may_write_outside: bool = False
     quick_cases: int = 40

@@ -19,6 +19,7 @@ TASKS = {
     "adapter": "causal_lm",
 }
 DATA = ("data", "held-out", "run.yaml")
+SOUND = ("model", "bert", "bart", "data", "held-out")
 NAMES = (
     *(
         "base",
@@ -38,7 +39,7 @@ NAMES = (
 FAVORED = (".json", ".jinja")
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return a command on a model folder with one or two mutated files."""
     folder = rng.choice(FOLDERS)
     names = materials.files(folder)

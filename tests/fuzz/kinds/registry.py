@@ -6,11 +6,11 @@ import random
 from collections.abc import Iterator
 
 from fuzz.inputs import Case
-from fuzz.kinds import commands, configs, k8s, models, rows, runs, stored, templates
+from fuzz.kinds import commands, configs, k8s, models, rows, runs, sound, stored, templates
 from fuzz.kinds.kind import Kind
 from fuzz.materials import Materials
 
-MODULES = (configs, commands, runs, stored, models, rows, templates, k8s)
+MODULES = (sound, configs, commands, runs, stored, models, rows, templates, k8s)
 KINDS: dict[str, Kind] = {module.KIND.name: module.KIND for module in MODULES}
 
 
@@ -20,4 +20,4 @@ def cases(name: str, seed: int, first: int, count: int, materials: Materials) ->
         materials.path(material)
     for number in range(first, first + count):
         rng = random.Random(f"{name}/{seed}/{number}")
-        yield Case(name, f"{name}-{seed}-{number}", KINDS[name].generate(rng, materials))
+        yield Case(name, f"{name}-{seed}-{number}", KINDS[name].generate(rng, materials, number))

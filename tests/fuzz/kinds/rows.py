@@ -22,16 +22,16 @@ NAMES = (
 )
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return a shard with mutated rows, and the config that says how to read it."""
     import tiny
     import tiny_tasks
 
     task = rng.choice(list(documents.TASKS))
     rows: list[Any] = []
-    for number in range(NUM_ROWS):
+    for seed in range(NUM_ROWS):
         if task == "causal_lm":
-            row = _text_row(rng, tiny.rows(1, number)[0])
+            row = _text_row(rng, tiny.rows(1, seed)[0])
         else:
             row = tiny_tasks.row(task, rng)
         rows.append(row)

@@ -52,7 +52,7 @@ FAVORED = (
 NAMES = ("step", "kind", "loss", "path", "tensors", "shape", "attempt", "after", "checksum", "name")
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return a command on a run with one or two mutated files."""
     run = rng.choice(RUNS)
     names = [name for name in materials.files(run) if "tensorboard" not in name]

@@ -17,7 +17,7 @@ BATCH = 25
 """Mutations of one case."""
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return mutations of one stored file for the function that reads it."""
     materials.path("runs/lm")
     name = rng.choice([*materials.files("runs/lm"), *materials.files("cache")])

@@ -40,7 +40,7 @@ TOKENS = (
 )
 
 
-def generate(rng: random.Random, materials: Materials) -> Input:
+def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     """Return mutated templates and the kind of rows they are used on."""
     use = rng.choice(("chat", "chat", "prompt", "label"))
     template = rng.choice({"chat": CHAT, "prompt": PROMPT, "label": LABEL}[use])

@@ -102,3 +102,10 @@ def test_what_commands_print_is_escaped(capsys: pytest.CaptureFixture[str]) -> N
         "(worker) 10%\n20%\n\\x1b]0;owned\\x07"
     )
     assert captured.err == "error \\x9b31m\n"
+
+
+def test_a_long_value_does_not_fill_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "a" * 100_000
+    for error in (ConfigError([f"run.name={long}: too long. Shorten it."], long), DataError(long)):
+        failures.report_error(error)
+        assert len(capsys.readouterr().err) < 4000

@@ -65,3 +65,13 @@ def test_a_sent_error_of_another_kind_becomes_the_given_one():
         found = errors.SentError.from_error(error).restore(errors.WorkerError)
         assert type(found) is errors.WorkerError
     assert type(errors.SentError("Sequence", ["x"]).restore(errors.DataError)) is errors.DataError
+
+
+def test_text_of_a_config_error_lists_some_problems_and_counts_all():
+    error = errors.ConfigError(
+        [f"data.train.{number}=0: not a source" for number in range(3000)], "a.yaml"
+    )
+    lines = str(error).splitlines()
+    assert lines[0] == "a.yaml: 3000 problems" and len(lines) == 52
+    assert lines[-1] == "  - ... and 2,950 more. Correct these first."
+    assert len(error.problems) == 3000 and len(pickle.loads(pickle.dumps(error)).problems) == 3000

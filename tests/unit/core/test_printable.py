@@ -123,3 +123,11 @@ def test_tags_in_code_are_escaped_too() -> None:
     assert block == ('<pre lang="yaml">\nname: &lt;script&gt;alert(1)&lt;/script&gt;\n</pre>')
     assert printable.markdown_code("a<b>`") == "<code>a&lt;b&gt;`</code>"
     assert printable.markdown_code("a < b") == "`a < b`"
+
+
+def test_long_lines_keep_their_start_and_their_advice():
+    line = f"row 2: has no column 'label'. Its columns: {'a' * 70_000}. Rename a column."
+    short = printable.shorten(line)
+    assert len(short) < 1300 and short.startswith("row 2: has no column 'label'")
+    assert f"({len(line):,} characters)" in short and short.endswith("Rename a column.")
+    assert printable.shorten("short") == "short"

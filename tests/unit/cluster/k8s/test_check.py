@@ -563,3 +563,23 @@ def test_missing_extra_is_reported(monkeypatch):
         ConfigError, match=r"no-such-package: not installed.*pip install 'dist-ft\[k8s\]'"
     ):
         module.check(["x"])
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("kind", "../../../x"),
+        ("kind", "Pod\ud800"),
+        ("kind", "a" * 70_000),
+        ("kind", ""),
+        ("apiVersion", "v1/../.."),
+        ("apiVersion", "\x1b[31m"),
+        ("apiVersion", "/"),
+    ],
+)
+def test_names_that_no_schema_can_have_are_problems(field, name):
+    """The library would open a file of that name, and raise errors that say nothing."""
+    content = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, field: name}
+    problems = check_documents([Document("a.yaml", content)], {}, VERSION).problems
+    assert len(problems) == 1 and f"{field}: is " in problems[0]
+    assert len(problems[0]) < 500 and problems[0].isprintable()

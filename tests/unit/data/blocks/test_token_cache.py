@@ -1,6 +1,7 @@
 """The cache files: plain safetensors, checked, rebuilt when damaged, and limited in size."""
 
 import errno
+import json
 import os
 import time
 from dataclasses import replace
@@ -66,6 +67,20 @@ def test_damaged_file_is_removed(tmp_path, damage, caplog):
     path.write_bytes(damage(path.read_bytes()))
     assert load_block(path) is None and not path.exists()
     assert "the cached block is damaged" in caplog.text and "it is rebuilt" in caplog.text
+
+
+@pytest.mark.parametrize("offsets", [[0, 10**30], [-8, 8], [8, 0], [True, 8], [0.0, 8.0], [0]])
+def test_arrays_outside_the_file_are_damage(tmp_path, offsets):
+    """Numpy would raise OverflowError for the first, which no reader of the cache expects."""
+    path = tmp_path / "a.safetensors"
+    write_block(path, ENCODED)
+    body = path.read_bytes()
+    length = int.from_bytes(body[:8], "little")
+    header = json.loads(body[8 : 8 + length])
+    header["tokens"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body[8 + length :])
+    assert load_block(path) is None
 
 
 def write_blocks(folder, count=5):
