@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.sections.task import TaskSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
+from dist_ft.storage import local_files
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,6 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
         ModelError: the head has no row for each label, or its weights are not in the files.
     """
     import xxhash
-    from filelock import FileLock
 
     own = own_labels(folder, task)
     if not own or own == task.labels:
@@ -91,14 +91,13 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     # The name of the result follows from everything it depends on.
     key = json.dumps([str(Path(folder).absolute()), files, task.name, task.labels, seed])
     target = cache / f"grown-{xxhash.xxh3_128_hexdigest(key.encode())}"
-    cache.mkdir(parents=True, exist_ok=True)
 
     # All workers of a node need the folder at the same time; one of them writes it.
-    with FileLock(f"{target}.lock"):
+    with local_files.locked(f"{target}.lock"):
         if not target.exists():
             # Renamed when complete, so that a crash leaves no partial folder.
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".grown-") as temporary:
-                copy = Path(temporary) / "model"
+            with scratch.folder_next_to(target, "grown") as temporary:
+                copy = temporary / "model"
                 shutil.copytree(folder, copy)
                 _grow_in_place(copy, task, own, seed)
                 copy.rename(target)
