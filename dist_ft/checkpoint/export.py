@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from dist_ft.checkpoint.trained_model import (
 from dist_ft.config.load import load_stored_section, read_stored_config
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS
+from dist_ft.core import scratch
 from dist_ft.core.errors import CheckpointError
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
@@ -114,8 +114,8 @@ def export_run(
 
     # Next to the target, so that the move at the end is a rename: no reader sees half a folder.
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "model"
+    with scratch.folder_next_to(target, "export") as temporary:
+        folder = temporary / "model"
         if options.adapter:
             _save_adapter(store, manifest, folder, options.average)
         else:

@@ -26,7 +26,8 @@ from dist_ft.core.errors import CheckpointError, ModelError, StorageError
 from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.model.loading.download import cache_folder
+from dist_ft.model.loading.download import cache_folder, create_in_cache
+from dist_ft.storage import local_files
 from dist_ft.storage.documents import MAX_BYTES, MAX_LARGE_BYTES, read_json_object
 from dist_ft.storage.filesystem import Store
 
@@ -132,7 +133,6 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     The first process of a node exports it; the others wait.
     """
     import xxhash
-    from filelock import FileLock
 
     store = Store(url)
     name = _find_checkpoint(store, step)
@@ -148,8 +148,7 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     manifest = store.read_at_most(path, MAX_LARGE_BYTES)
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + manifest)
     folder = _models_folder(cache_dir) / f"run-{digest}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with local_files.locked(f"{folder}.lock"):
         # An export appears whole or not at all, so a folder that exists is complete.
         if not folder.exists():
             export_run(url, str(folder), ExportOptions(step=step))
@@ -168,7 +167,6 @@ def _find_checkpoint(store: Store, step: int) -> str | None:
 def download_description(url: str, cache_dir: str | None = None) -> str:
     """Return a local folder with config and tokenizer of the run at `url`, without weights."""
     import xxhash
-    from filelock import FileLock
 
     store = Store(url).child(MODEL_FOLDER)
     if not store.exists("config.json"):
@@ -182,8 +180,8 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
     folder = _models_folder(cache_dir) / f"described-{digest}"
     # Unlike an export, a download may stop half-way. This file is written at its end.
     is_complete = folder / ".described"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    create_in_cache(folder)
+    with local_files.locked(f"{folder}.lock"):
         if not is_complete.exists():
             store.download(str(folder))
             is_complete.touch()
@@ -191,7 +189,7 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
 
 
 def _models_folder(cache_dir: str | None) -> Path:
-    return cache_folder(cache_dir) / "models"
+    return cache_folder(cache_dir, "models")
 
 
 def _choose_step(section: ModelSection, store: Store) -> int:

@@ -6,7 +6,6 @@ Fragments are read tensor by tensor.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -19,6 +18,7 @@ from dist_ft.config.sections.prompting import PromptingSection, get_model_task
 from dist_ft.config.sections.section import Section
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS, MERGEABLE_METHODS, TuningSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
 from dist_ft.metrics import best as best_metric
@@ -231,7 +231,8 @@ def load_checkpoint_model(
     transformers_logging.disable_progress_bar()
 
     # transformers reads from a local folder only.
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder("model") as path:
+        folder = str(path)
         if "config.json" not in store.child(MODEL_FOLDER).download(folder):
             raise CheckpointError(
                 f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing. Every run stores its "

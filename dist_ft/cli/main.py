@@ -30,6 +30,7 @@ from dist_ft.cli import (
 )
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import Interrupted
+from dist_ft.core.private_folders import keep_compiled_code_private
 
 app = typer.Typer(
     name="dist-ft",
@@ -98,6 +99,7 @@ for _name, _module in GROUPS.items():
 def main() -> None:
     """Run the command line; every failure becomes a text on stderr and an exit code."""
     output.forgive_encoding()
+    keep_compiled_code_private()
     try:
         app()
     except SystemExit as end:

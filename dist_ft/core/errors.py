@@ -82,6 +82,12 @@ class DocumentError(DistFtError, ValueError):
     exit_code = 2
 
 
+class FolderError(DistFtError):
+    """A folder on this machine that others own or may write to; the text names it."""
+
+    exit_code = 2
+
+
 class CheckpointError(DistFtError):
     """A checkpoint that is incomplete, altered, of another model, or that must not be written."""
 

@@ -6,15 +6,19 @@ named pipe would wait for a writer forever, and a device may have no end.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
 from dist_ft.core import fault_injection
 from dist_ft.storage.error_messages import UnusableFileError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 HIDDEN = ".tmp-"
 """Prefix of files that are being written."""
@@ -25,6 +29,35 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def file_lock(path: str) -> FileLock:
+    """Return the lock file `path`, which is not held yet.
+
+    Whoever may write to its folder may also hold the lock: users of a shared cache wait for each
+    other.
+    """
+    from filelock import FileLock
+
+    mode = 0o600
+    folder_mode = os.stat(os.path.dirname(path)).st_mode
+    if folder_mode & stat.S_IWGRP:
+        mode |= 0o060
+    if folder_mode & stat.S_IWOTH:
+        mode |= 0o006
+    return FileLock(path, mode=mode)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock file `path`; does nothing in a folder that this user cannot write to."""
+    # A shared cache may be read-only. Nothing in it can change, or whoever changes it waits for
+    # nobody here anyway.
+    if not os.access(os.path.dirname(path), os.W_OK):
+        yield
+        return
+    with file_lock(path):
+        yield
 
 
 def write_file(path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:

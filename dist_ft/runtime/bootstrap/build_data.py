@@ -159,7 +159,7 @@ def _block_store(
         )
 
     # All runs of a node share this cache: its file names are hashes of everything in them.
-    folder = cache_folder(config.data.cache_dir) / "tokens"
+    folder = cache_folder(config.data.cache_dir, "tokens")
     return BlockStore(folder, encoder, shards, blocks, pool, limit_bytes)
 
 

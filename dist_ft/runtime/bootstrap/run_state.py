@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 from dist_ft.checkpoint import discovery
@@ -11,9 +12,11 @@ from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import Manifest, parse_folder
 from dist_ft.config.load import STORED, check_resume, read_stored_config, resolved_yaml
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.errors import DistFtError
-from dist_ft.core.world import Collectives, World, on_rank0
+from dist_ft.core import private_folders
+from dist_ft.core.errors import DistFtError, FolderError
+from dist_ft.core.world import Collectives, World, on_rank0, raise_together
 from dist_ft.metrics import best
+from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
 from dist_ft.training.metrics_log import read_metrics
 
@@ -59,20 +62,36 @@ def build_local_tier(
 ) -> LocalTier | None:
     """Return where this worker's node stores checkpoints of the run.
 
-    None if the config has no such folder.
+    None if the config has no such folder. A collective call.
+
+    Raises:
+        FolderError: on some node others own the folder or may write to it.
     """
     if not config.checkpoint.local_folder:
         return None
 
     # the hash separates runs of one name in two buckets
     key = hashlib.sha256(config.run_url.encode()).hexdigest()[:16]
-    folder = Store(f"{config.checkpoint.local_folder}/{config.run.name}-{key}")
+    name = f"{config.run.name}-{key}"
+    _create_local_folder(config, name, collectives)
+    folder = Store(f"{config.checkpoint.local_folder}/{name}")
 
     # Workers store only their own parts locally, so the files fit no other layout.
     stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
     layout = f"{stage}, {world.num_ranks} workers"
 
     return LocalTier(store, folder, layout, world, collectives)
+
+
+def _create_local_folder(config: RunConfig, name: str, collectives: Collectives) -> None:
+    """Create the run's private folder on this node; all ranks raise if one cannot."""
+    problem: DistFtError | None = None
+    try:
+        local_folder = Path(filesystem.local_path(config.checkpoint.local_folder))
+        private_folders.open_part(local_folder, name, "checkpoint.local_folder")
+    except FolderError as error:
+        problem = error
+    raise_together(collectives, problem)
 
 
 def find_final_checkpoint(

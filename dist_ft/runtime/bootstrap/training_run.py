@@ -23,7 +23,7 @@ from dist_ft.config.sections.prompting import untrainable_problems
 from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World, collectives, on_rank0
-from dist_ft.model.loading.download import cache_folder
+from dist_ft.model.loading.download import cache_root
 from dist_ft.planning.run_limits import RunLimits
 from dist_ft.runtime.bootstrap import network_check, summary
 from dist_ft.runtime.bootstrap.build_data import Loaders, build_anchor_loader, build_loaders
@@ -273,7 +273,7 @@ def _open_metrics_log(attempt: _Attempt, lines: list[dict[str, Any]]) -> Metrics
     opened: list[MetricsLog] = []
 
     def open_log() -> None:
-        trackers = Trackers.open(config, store.url, cache_folder(config.data.cache_dir))
+        trackers = Trackers.open(config, store.url, cache_root(config.data.cache_dir))
         # Returns nothing: only the error of a tracker must reach the other ranks.
         opened.append(MetricsLog(store, lines, attempt.number, config.log.tensorboard, trackers))
 

@@ -26,6 +26,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import DistFtError, explain_library_error
+from dist_ft.core.private_folders import keep_compiled_code_private
 from dist_ft.runtime.elastic import process_keeper
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
@@ -277,6 +278,8 @@ class _PipeLog(logging.Handler):
 
 def main() -> None:
     """Import, wait, train, and report how training ended."""
+    keep_compiled_code_private()
+
     # The keeper kills this process with its worker; if the keeper is killed, the kernel does.
     _die_with_parent()
 

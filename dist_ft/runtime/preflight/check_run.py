@@ -51,7 +51,9 @@ def check(config: RunConfig, *, write_storage: bool = True, is_complete: bool = 
             model = getattr(config, "model", None)
 
         for check_one in _checks(config, model, write_storage):
-            problems += _lines(check_one, is_complete)
+            # Two checks may find the same problem, such as a cache that cannot be used.
+            lines = _lines(check_one, is_complete)
+            problems += [line for line in lines if line not in problems]
         return problems
 
 
@@ -74,6 +76,7 @@ def _checks(
 
     yield partial(machine_checks.check_cpus, config)
     yield partial(machine_checks.check_gpus, config)
+    yield partial(machine_checks.check_folders, config)
 
     # A job sends notices from the cluster, whose variables and programs are not known here.
     if write_storage:

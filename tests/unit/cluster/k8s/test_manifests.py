@@ -50,6 +50,10 @@ def test_cache_folder_is_a_disk_of_the_pod():
     ]["spec"]
     assert {"name": "cache", "mountPath": "/mnt/disk"} in pod["containers"][0]["volumeMounts"]
     assert {"name": "HF_HOME", "value": "/mnt/disk/hf"} in pod["containers"][0]["env"]
+
+    # Kubernetes mounts it as a folder that every user may write to.
+    shared = {"name": "DIST_FT_SHARED_FOLDERS", "value": "/mnt/disk"}
+    assert shared in pod["containers"][0]["env"]
     assert config_in_cluster(with_()).data.cache_dir == "/var/cache/dist_ft"
 
 
