@@ -6,6 +6,7 @@ versions. This module does not access storage.
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, NamedTuple
 
@@ -243,7 +244,16 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         DamagedError: the manifest is truncated, altered or invalid.
         NewerFormatError: it was written by a newer dist_ft.
     """
-    # First of all: nothing else in a file with a wrong checksum can be relied on.
+    # First of all: what a newer version writes may have other fields, or another checksum, and is
+    # not damaged because of that. The run must not go back to a checkpoint before it.
+    newer = _newer_version(content)
+    if newer:
+        raise NewerFormatError(
+            f"{where}: format_version={newer} is newer than this dist_ft supports "
+            f"({FORMAT_VERSION}). Update dist_ft."
+        )
+
+    # Nothing else in a file with a wrong checksum can be relied on.
     body, _, ending = content.rpartition(_CHECKSUM_FIELD)
     if ending != compute_checksum(body + _END).encode() + b'"' + _END:
         raise DamagedError(
@@ -252,7 +262,7 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         )
 
     try:
-        manifest = Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -260,12 +270,18 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             f"{where}: not a valid manifest ({location}: {first['msg']}); it will not be loaded"
         ) from error
 
-    if manifest.format_version > FORMAT_VERSION:
-        raise NewerFormatError(
-            f"{where}: format_version={manifest.format_version} is newer than this dist_ft "
-            f"supports ({FORMAT_VERSION}). Update dist_ft."
-        )
-    return manifest
+
+def _newer_version(content: bytes) -> int:
+    """Return the format version of a manifest if it is newer than this dist_ft supports, else 0."""
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return 0
+
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is not int or version <= FORMAT_VERSION:
+        return 0
+    return version
 
 
 class CheckpointName(NamedTuple):

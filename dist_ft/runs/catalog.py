@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.attempts import ATTEMPTS, number_in_name
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.checkpoint.retention import (
     rank_by_evaluation,
@@ -21,7 +22,7 @@ from dist_ft.checkpoint.retention import (
 )
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import CheckpointSection
-from dist_ft.core.errors import CheckpointError, DataError
+from dist_ft.core.errors import CheckpointError, DataError, StorageError
 from dist_ft.core.world import World
 from dist_ft.runs import time_accounting
 from dist_ft.storage.filesystem import Store
@@ -127,21 +128,40 @@ def attempts(store: Store) -> list[str]:
     names = store.list(discovery.ATTEMPTS)
     for name in names:
         # The watchdog writes the stacks of hung workers into the same folder.
-        number = name.removesuffix(".json")
-        if not (name.endswith(".json") and number.isdigit()):
+        number = number_in_name(ATTEMPTS, name)
+        if not number or not name.endswith(".json"):
             continue
 
-        note = json.loads(store.read(f"{discovery.ATTEMPTS}/{name}"))
-        line = f"{int(number)}: {note.get('started_at', '?')}, world {note.get('world_size', '?')}"
-        if note.get("after"):
-            line += f"; after {note['after']}"
-
-        stacks = [other for other in names if other.startswith(f"{number}-rank-")]
+        line = f"{number}: {_describe_attempt(store, name)}"
+        stacks = [other for other in names if other.startswith(f"{number:06d}-rank-")]
         if stacks:
             line += f"; made no progress: {', '.join(stacks)}"
         lines.append(line)
 
     return lines
+
+
+def _describe_attempt(store: Store, name: str) -> str:
+    """Return when an attempt started, with how many workers and why, by its record."""
+    path = f"{ATTEMPTS}/{name}"
+    try:
+        record = json.loads(store.read(path))
+    except (StorageError, ValueError, RecursionError) as error:
+        # One bad record must not hide the other attempts.
+        return f"its record {path} cannot be read ({_first_line(error)})"
+
+    if not isinstance(record, dict):
+        return f"its record {path} cannot be read (it is not a JSON object)"
+
+    line = f"{record.get('started_at', '?')}, world {record.get('world_size', '?')}"
+    if record.get("after"):
+        line += f"; after {record['after']}"
+    return line
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0]
 
 
 def describe_all(url: str) -> str:

@@ -6,20 +6,23 @@ Reads what lies in the run's storage, whoever wrote it. Needs no model and no GP
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.checkpoint import discovery
 from dist_ft.config import renames
 from dist_ft.config.load import STORED
-from dist_ft.core.errors import DataError
+from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.run_facts import facts
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.evaluation import FOLDER, read_evaluation
+from dist_ft.training.evaluation import FOLDER, STORED_EVALUATION, read_evaluation
 from dist_ft.training.metrics_log import read_metrics
+
+log = logging.getLogger("dist_ft.runs")
 
 
 class BestEvaluation(TypedDict):
@@ -156,14 +159,20 @@ def _best(
 
 
 def _latest_evaluation(store: Store) -> Evaluation:
-    names = store.list(FOLDER)
-    if not names:
-        return Evaluation(None, {})
+    steps = []
+    for name in store.list(FOLDER):
+        match = STORED_EVALUATION.fullmatch(name)
+        if match:
+            steps.append(int(match[1]))
 
-    # Steps are padded with zeros, so the last name is that of the latest step.
-    latest = max(names)
-    step = int(latest.removeprefix("step-").removesuffix(".json"))
-    return Evaluation(step, read_evaluation(store, step))
+    # An evaluation is an extra: a damaged file must not hide all else that the run has stored.
+    for step in sorted(steps, reverse=True):
+        try:
+            return Evaluation(step, read_evaluation(store, step))
+        except StorageError as error:
+            log.warning("the evaluation at step %d is left out: %s", step, error)
+
+    return Evaluation(None, {})
 
 
 def _tables(details: Mapping[str, Any]) -> EvaluationTables:

@@ -14,6 +14,9 @@ from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger
 from dist_ft.training.console import format_duration
 
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a damaged record raises."""
+
 
 class AttemptTimes(NamedTuple):
     """The time of each attempt, and a line for each file that cannot be read."""
@@ -41,7 +44,7 @@ def read_attempt_times(store: Store) -> AttemptTimes:
                 dict(note["seconds"]),
                 tuple((int(step), dict(seconds)) for step, seconds in note["marks"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (StorageError, *DAMAGED) as error:
             # One bad file must not hide the time of all other attempts.
             unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
             continue

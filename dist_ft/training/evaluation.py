@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_ft.config.sections.task import TaskSection
+from dist_ft.core.errors import StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
 from dist_ft.engine.base import Engine, pad_to_equal_lanes
@@ -23,6 +25,8 @@ from dist_ft.training.held_out_generation import Generation, HeldOutGenerator
 from dist_ft.training.prediction_collector import PredictionCollector
 
 FOLDER = "evaluations"
+STORED_EVALUATION = re.compile(r"step-([0-9]+)\.json")
+"""Name of the file of an evaluation, with its step."""
 CAUSAL_LM = TaskSection()
 """The task of a config that names none."""
 
@@ -154,18 +158,29 @@ def read_evaluation(store: Store, step: int) -> dict[str, Any]:
     """Return what `store_evaluation` stored for `step`; empty if nothing is stored.
 
     Keys of version 0.1.0 are renamed to those of today.
+
+    Raises:
+        StorageError: the file is damaged.
     """
     path = f"{FOLDER}/step-{step:09d}.json"
     if not store.exists(path):
         return {}
 
-    document: dict[str, Any] = json.loads(store.read(path))
-    if "texts" in document:
-        document["generations"] = document.pop("texts")
+    try:
+        document: dict[str, Any] = json.loads(store.read(path))
+        if "texts" in document:
+            document["generations"] = document.pop("texts")
 
-    for example in document.get("examples", ()):
-        for old, new in (("wanted", "expected"), ("told", "predicted")):
-            if old in example:
-                example[new] = example.pop(old)
+        for example in document.get("examples", ()):
+            for old, new in (("wanted", "expected"), ("told", "predicted")):
+                if old in example:
+                    example[new] = example.pop(old)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # In this order: not JSON; examples that are no list; not an object.
+        raise StorageError(
+            f"{store.redacted_url(path)}: not a stored evaluation ({error}). Allowed: a JSON "
+            "object with the results of one evaluation. Move the file away; its metrics are in "
+            "metrics.jsonl."
+        ) from error
 
     return document

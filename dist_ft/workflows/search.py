@@ -19,9 +19,10 @@ from dist_ft.config.identity import changes
 from dist_ft.config.load import load_stored_mapping, to_mapping
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Search
-from dist_ft.core.errors import ConfigError, WorkerError
+from dist_ft.core.errors import CheckpointError, ConfigError, WorkerError
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
+from dist_ft.storage.stored_json import read_stored_json
 from dist_ft.workflows import search_report
 from dist_ft.workflows.run_stages import OPERATIONAL_SECTIONS
 from dist_ft.workflows.search_report import SearchReport
@@ -123,7 +124,14 @@ class Journal:
         if not self.store.exists(STATE):
             return
 
-        stored = _migrate(json.loads(self.store.read(STATE)))
+        remedy = "Restore it from a copy, or use another search.name."
+        state = read_stored_json(self.store, STATE, dict, remedy)
+        try:
+            stored = _migrate(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.store.redacted_url(STATE)}: the file is damaged ({error!r}). {remedy}"
+            ) from error
         require_same(self.search, self.base, stored)
 
         # JSON has lists where `Trial` has tuples

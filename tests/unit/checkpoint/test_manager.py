@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from unit.small import checkpoints, make_engine, make_model, save, tensors_of, train
 
-from dist_ft.checkpoint import discovery, fragments
+from dist_ft.checkpoint import attempts, discovery, fragments
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.discovery import (
     latest_attempt,
@@ -384,7 +384,7 @@ def test_fault_11_a_checkpoint_of_a_newer_attempt_is_later(store, attempt, engin
     two = attempt()
     save(two, engine, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(discovery, "latest_attempt", lambda _: 1)
+        patch.setattr(attempts, "latest_attempt", lambda _: 1)
         save(one, engine, 5)
     assert list_committed(store)[:2] == ["step-000000003-a0002", "step-000000005-a0001"]
     assert attempt().latest_step == 3
