@@ -181,6 +181,8 @@ class Fence:
         self._attempt = attempt
         self._path = record_path(attempt)
         self._record: bytes | None = None
+        # The record of the attempt before, by which the run is known.
+        self._before: bytes | None = None
 
     def remember_record(self) -> None:
         """Read the record of this attempt, with which `require_current` compares.
@@ -190,6 +192,7 @@ class Fence:
         if self._record is not None:
             return
 
+        self._before = self._read(self._attempt - 1)
         content = self._read()
         if content is None:
             # Removed since the start, a moment ago.
@@ -212,6 +215,7 @@ class Fence:
 
         if content is None:
             self.require_folder()
+            self._require_same_run(where)
             log.warning("%s was removed; written again", self._store.redacted_url(self._path))
 
             # Exclusively: a start that found no trace of this attempt may take the same number.
@@ -245,6 +249,15 @@ class Fence:
                 "run the same command to start again."
             )
 
+    def _require_same_run(self, where: str) -> None:
+        """Raise CheckpointError if the run was removed and started again, from number 1 on."""
+        has_records = bool(latest_record(self._store))
+        if has_records and self._read(self._attempt - 1) != self._before:
+            raise CheckpointError(
+                f"{where}: attempt {self._attempt} must not commit, the run was removed and "
+                "started again; this process ends"
+            )
+
     def _require_own(self, content: bytes, where: str) -> None:
         """Raise CheckpointError if a record in the place of ours belongs to another start."""
         try:
@@ -271,10 +284,14 @@ class Fence:
         except ValueError:
             return None
 
-    def _read(self) -> bytes | None:
-        """Return the record as it is stored; None if it is missing."""
+    def _read(self, attempt: int | None = None) -> bytes | None:
+        """Return the record of an attempt as it is stored; None if it is missing.
+
+        Default: of this attempt.
+        """
+        path = self._path if attempt is None else record_path(attempt)
         try:
-            return self._store.read(self._path)
+            return self._store.read(path)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None

@@ -208,6 +208,18 @@ def test_fault_26_without_any_trace_of_it_only_one_attempt_of_a_number_commits(s
     second.require_current(WHERE)
 
 
+def test_fault_26_a_run_that_was_removed_and_started_again_keeps_its_new_start(store):
+    """At once, so that nothing of the running attempt is left that carries its number."""
+    start_attempt(store, 1)
+    old = started(store)
+    shutil.rmtree(folder_of(store))
+    new = started(store)
+    assert store.list("attempts") == ["000001.json"]
+    with pytest.raises(CheckpointError, match="the run was removed and started again"):
+        old.require_current(WHERE)
+    new.require_current(WHERE)
+
+
 def test_fault_26_a_record_written_again_keeps_a_later_start_from_its_number(store):
     first = started(store)
     store.remove("attempts")

@@ -327,10 +327,10 @@ class Protocol(RuleBasedStateMachine):
         self.has_ledger = self.has_ledger and lost != "ledger"
 
     @rule()
-    def a_record_is_torn(self) -> None:
-        names = self.store.list("attempts")
-        if names:
-            self.store.write(f"attempts/{names[-1]}", b'{"attempt": ')
+    def its_record_is_torn(self) -> None:
+        record = f"{self.live.number:06d}.json"
+        if record in self.store.list("attempts"):
+            self.store.write(f"attempts/{record}", b'{"attempt": ')
 
     @rule()
     def a_start_without_check_on_a_store_that_ignores_conditions(self) -> None:
