@@ -19,6 +19,7 @@ from dist_ft.config.load import STORED
 from dist_ft.core.errors import PLANNED, CheckpointError, ConfigError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.storage.filesystem import Store
+from dist_ft.storage.stored_json import read_stored_json
 
 log = logging.getLogger("dist_ft.checkpoint")
 ATTEMPTS = "attempts"
@@ -73,6 +74,33 @@ def latest_record(store: Store) -> int:
     Enough for what a worker of an older attempt may overwrite without harm. Commits use `Fence`.
     """
     return max((number_in_name(ATTEMPTS, name) for name in store.list(ATTEMPTS)), default=0)
+
+
+def committed_step(store: Store, attempt: int = 0) -> int:
+    """Return the last step that was certainly committed by `attempt` or a later one.
+
+    0 if there is none.
+    """
+    # A segment of the ledger starts where the checkpoint before it ends.
+    step = 0
+    for name in store.list(LEDGER):
+        if number_in_name(LEDGER, name) >= max(attempt, 1):
+            step = max(step, int(name.partition("-")[0]))
+
+    # The last checkpoint has no segment after it, but the attempt noted it.
+    for name in store.list(TIME):
+        if number_in_name(TIME, name) >= max(attempt, 1):
+            step = max(step, _noted_commit(store, f"{TIME}/{name}"))
+    return step
+
+
+def _noted_commit(store: Store, path: str) -> int:
+    """Return the step that an attempt noted as committed; 0 if it noted none."""
+    try:
+        step = read_stored_json(store, path, dict, "").get("committed")
+    except (CheckpointError, StorageError):
+        return 0  # it only reports losses, and may be lost itself
+    return step if isinstance(step, int) else 0
 
 
 def record_path(attempt: int) -> str:

@@ -7,6 +7,7 @@ reason is logged. Nothing is written.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -27,7 +28,6 @@ from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World, on_rank0
 from dist_ft.storage.filesystem import Store
-from dist_ft.storage.stored_json import read_stored_json
 
 log = logging.getLogger("dist_ft.checkpoint")
 FOLDER = Tier.STORAGE.value
@@ -191,24 +191,40 @@ def _latest_history_first(store: Store, names: list[str], tier: Tier) -> list[st
     a later checkpoint may carry a lower number. Its ledger shows it: it names a segment that a
     later attempt wrote, which a checkpoint of an older attempt cannot.
     """
-    if not names:
-        return []
-
-    # Usually there are none, and no manifest is read.
-    first = sort_key(names[0])
-    doubtful = [name for name in names if sort_key(name).step > first.step]
-    if not doubtful:
-        return names
-
     keys = {name: sort_key(name) for name in names}
-    for name in doubtful:
+    for name in _out_of_order(names):
         try:
             manifest = load_manifest(store, name, tier)
         except CheckpointError:
             continue  # whoever loads it reports why it cannot be read
 
-        keys[name] = CheckpointOrder(max(keys[name].attempt, _last_writer(manifest)), keys[name][1])
+        attempt = max(keys[name].attempt, _last_writer(manifest))
+        keys[name] = CheckpointOrder(attempt, keys[name].step)
     return sorted(names, key=lambda name: keys[name], reverse=True)
+
+
+def _out_of_order(names: list[str]) -> list[str]:
+    """Return the checkpoints of a later step than some checkpoint of a later attempt.
+
+    Args:
+        names: sorted, latest first.
+    """
+    # Usually there are none, and no manifest has to be read.
+    found = []
+    first_step = math.inf  # of the attempts after the one at hand
+    first_step_of_attempt = math.inf
+    attempt = -1
+    for name in names:
+        key = sort_key(name)
+        if key.attempt != attempt:
+            first_step = min(first_step, first_step_of_attempt)
+            first_step_of_attempt = math.inf
+            attempt = key.attempt
+
+        if key.step > first_step:
+            found.append(name)
+        first_step_of_attempt = min(first_step_of_attempt, key.step)
+    return found
 
 
 def _last_writer(manifest: Manifest) -> int:
@@ -222,7 +238,7 @@ def _last_writer(manifest: Manifest) -> int:
 
 def _warn_of_lost_checkpoint(store: Store, name: str) -> None:
     """Log it if a later checkpoint than `name`, the latest there is, was committed."""
-    lost_step = _committed_step(store, sort_key(name).attempt)
+    lost_step = attempts.committed_step(store, sort_key(name).attempt)
     if lost_step > sort_key(name).step:
         log.warning(
             "the checkpoint of step %d was committed and is missing; the latest there is, of step "
@@ -237,40 +253,13 @@ def require_not_emptied(store: Store) -> None:
 
     It must not start over by itself.
     """
-    step = _committed_step(store)
+    step = attempts.committed_step(store)
     if step:
         raise CheckpointError(
             f"{store.redacted_url(FOLDER)}: holds no checkpoint, but one of step {step} was "
             "committed. Restore the folder from a copy, or move the run's folder away to start "
             "again."
         )
-
-
-def _committed_step(store: Store, attempt: int = 0) -> int:
-    """Return the last step that was certainly committed by `attempt` or a later one.
-
-    0 if there is none.
-    """
-    # A segment of the ledger starts where the checkpoint before it ends.
-    step = 0
-    for name in store.list(attempts.LEDGER):
-        if attempts.number_in_name(attempts.LEDGER, name) >= max(attempt, 1):
-            step = max(step, int(name.partition("-")[0]))
-
-    # The last checkpoint has no segment after it, but the attempt noted it.
-    for name in store.list(attempts.TIME):
-        if attempts.number_in_name(attempts.TIME, name) >= max(attempt, 1):
-            step = max(step, _noted_commit(store, f"{attempts.TIME}/{name}"))
-    return step
-
-
-def _noted_commit(store: Store, path: str) -> int:
-    """Return the step that an attempt noted as committed; 0 if it noted none."""
-    try:
-        step = read_stored_json(store, path, dict, "").get("committed")
-    except (CheckpointError, StorageError):
-        return 0  # it only reports losses, and may be lost itself
-    return step if isinstance(step, int) else 0
 
 
 def sort_key(name: str) -> CheckpointOrder:

@@ -37,7 +37,9 @@ INITIAL_CHECKPOINT = "began.json"
 
 def is_run(path: str) -> bool:
     """Whether `path` is the folder of a run, not a hub name or a model folder."""
-    return Store(path).exists(STORED)
+    store = Store(path)
+    # Also without its config, so that it is refused as a run that lost it, not as another folder.
+    return store.exists(STORED) or bool(discovery.list_committed(store))
 
 
 def resolve_initial_model(

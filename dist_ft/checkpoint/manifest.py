@@ -244,18 +244,21 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         DamagedError: the manifest is truncated, altered or invalid.
         NewerFormatError: it was written by a newer dist_ft.
     """
-    # First of all: what a newer version writes may have other fields, or another checksum, and is
-    # not damaged because of that. The run must not go back to a checkpoint before it.
+    body, _, ending = content.rpartition(_CHECKSUM_FIELD)
+    is_intact = ending == compute_checksum(body + _END).encode() + b'"' + _END
+    has_checksum = bool(body) and ending.startswith(_CHECKSUM_PREFIX.encode())
+
+    # What a newer version writes may have other fields, or another checksum, and is not damaged
+    # because of that. The run must not go back to a checkpoint before it.
     newer = _newer_version(content)
-    if newer:
+    if newer and (is_intact or not has_checksum):
         raise NewerFormatError(
             f"{where}: format_version={newer} is newer than this dist_ft supports "
             f"({FORMAT_VERSION}). Update dist_ft."
         )
 
-    # Nothing else in a file with a wrong checksum can be relied on.
-    body, _, ending = content.rpartition(_CHECKSUM_FIELD)
-    if ending != compute_checksum(body + _END).encode() + b'"' + _END:
+    # Before anything else: nothing in a file with a wrong checksum can be relied on.
+    if not is_intact:
         raise DamagedError(
             f"{where}: truncated or altered since it was written (its checksum differs); it will "
             "not be loaded"

@@ -33,7 +33,7 @@ def folder_of(store: Store) -> Path:
         "attempts/000007-rank-00000-stacks.txt",
         "time/000007.json",
         "checkpoints/step-000000004-a0007/rank-00000-0000.safetensors",
-        "local/step-000000004-a0007/manifest.json",
+        "node-checkpoints/step-000000004-a0007/manifest.json",
         "frozen/step-000000004-a0007/rank-00000-0000.safetensors",
         "ledger/000000000-000000004-a0007.safetensors.zst",
         "tensorboard/attempt-0007/events",

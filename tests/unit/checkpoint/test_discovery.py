@@ -64,6 +64,16 @@ def test_finding_4_such_a_run_continues_under_a_number_of_its_own(reset):
     assert list_committed(reset) == ["step-000000012-a0003", "step-000000010-a0001"]
 
 
+def test_finding_4_their_order_stays_right_before_older_ones_are_removed(reset):
+    manager = CheckpointManager(
+        reset, checkpoints(keep_last=9), World(), Collectives(), start_attempt(reset, 1)
+    )
+    manager.find_latest()
+    save(manager, make_engine(), 12)
+    steps = [manifest.parse_folder(name).step for name in list_committed(reset)]
+    assert steps == [12, 10, 8, 6, 4, 2]
+
+
 def test_damage_to_such_a_checkpoint_leads_to_the_one_before_it(reset, caplog):
     name = list_committed(reset)[0]
     path = f"checkpoints/{name}/rank-00000-0000.safetensors"

@@ -54,6 +54,9 @@ PLACES = (
 )
 
 
+LOSSES = ("attempts", "attempts/{:06d}.json", "time", LOCAL_FOLDER, "ledger")
+
+
 class Killed(BaseException):
     """A rank died here."""
 
@@ -315,7 +318,7 @@ class Protocol(RuleBasedStateMachine):
         self.live = Attempt(self.base, size or self.live.size)
         assert self.live.number > self.zombies[-1].number
 
-    @rule(lost=st.sampled_from(["attempts", "attempts/{:06d}.json", "time", "local", "ledger"]))
+    @rule(lost=st.sampled_from(LOSSES))
     def a_folder_vanishes(self, lost: str) -> None:
         """One after the other: of those that carry the live attempt's number, one must be left."""
         record = f"{self.live.number:06d}.json"
