@@ -12,6 +12,7 @@ import json
 import logging
 import re
 from datetime import datetime, timezone
+from typing import Any
 from uuid import uuid4
 
 from dist_ft.checkpoint.tier import Tier
@@ -179,7 +180,7 @@ def num_failures(store: Store, attempt: int) -> int:
         return 0
 
 
-def read_record(store: Store, attempt: int) -> dict[str, object]:
+def read_record(store: Store, attempt: int) -> dict[str, Any]:
     """Return the record of an attempt.
 
     Raises:
@@ -189,7 +190,7 @@ def read_record(store: Store, attempt: int) -> dict[str, object]:
     return _parse_record(store.read(record_path(attempt)))
 
 
-def _parse_record(content: bytes) -> dict[str, object]:
+def _parse_record(content: bytes) -> dict[str, Any]:
     try:
         record = json.loads(content)
     except RecursionError as error:
@@ -304,7 +305,7 @@ class Fence:
         with contextlib.suppress(StorageError):  # a folder in its place
             self._store.write(self._path, self._record or b"")
 
-    def _own_token(self) -> object:
+    def _own_token(self) -> Any:
         """Return the token of this attempt; None if it was started by version 0.1.0."""
         assert self._record is not None
         try:

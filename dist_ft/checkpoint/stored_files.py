@@ -50,7 +50,9 @@ def model_is_stored(store: Store) -> bool:
 def find_lost_model_file(store: Store) -> str:
     """Return what is wrong with the first file of the model's folder that was lost; "" if none."""
     sizes = store.child(MODEL_FOLDER).sizes()
-    for name, num_bytes in {"config.json": None, **_stored_lengths(store)}.items():
+    expected: dict[str, int | None] = {"config.json": None}
+    expected.update(_stored_lengths(store))
+    for name, num_bytes in expected.items():
         where = store.redacted_url(f"{MODEL_FOLDER}/{name}")
         if name not in sizes:
             return f"{where}: the file is missing"

@@ -108,6 +108,26 @@ def test_fault_26_a_run_whose_checkpoints_were_removed_does_not_start_over(store
         attempt()
 
 
+def test_fault_26_the_loss_of_the_very_last_checkpoint_is_logged(store, attempt, engine, caplog):
+    one = attempt()
+    for step in (2, 4):
+        save(one, engine, step)
+    store.write("time/000001.json", b'{"committed": 4}')  # as the time ledger notes it
+    store.remove("checkpoints/step-000000004-a0001")
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        assert attempt().latest_step == 2
+    assert "the checkpoint of step 4 was committed and is missing" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"committed": "x"}', b'{"committed": null}'])
+def test_a_damaged_time_record_shows_no_loss(store, attempt, engine, caplog, content):
+    save(attempt(), engine, 2)
+    store.write("time/000001.json", content)
+    with caplog.at_level(logging.WARNING, "dist_ft"):
+        assert attempt().latest_step == 2
+    assert caplog.text == ""
+
+
 def test_fault_26_a_torn_first_save_is_no_lost_checkpoint(store, attempt, engine):
     save(attempt(), engine, 2)
     store.remove("checkpoints")  # its ledger is written before its manifest
