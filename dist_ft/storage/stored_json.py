@@ -12,7 +12,7 @@ from dist_ft.core.errors import CheckpointError
 from dist_ft.storage.filesystem import Store
 
 T = TypeVar("T")
-_NAMES = {list: "list", dict: "object"}
+_NAMES: dict[type, str] = {list: "list", dict: "object"}
 
 
 def read_stored_json(store: Store, path: str, kind: type[T], remedy: str) -> T:
