@@ -243,6 +243,10 @@ class Store:
         """Remove a file or a folder; an absent one is no error."""
         self._call("remove", path, _remove)
 
+    def remove_leftovers(self) -> int:
+        """Remove files that killed processes left half-written; return their number."""
+        return local_files.remove_leftovers(self.url) if is_local(self.url) else 0
+
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
         place = f"{verb}.{path.split('/', 1)[0]}"  # such as write.attempts
         fault_injection.hit(f"storage.before_{place}")

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint import attempts
 from dist_ft.core import scratch
 from dist_ft.core.errors import StorageError
 from dist_ft.core.json_documents import decode_json
@@ -56,7 +56,7 @@ class MetricsLog:
 
         # Each attempt has its own folder of events: TensorBoard shows them as one curve each.
         self._tensorboard = tensorboard
-        self._target = f"tensorboard/attempt-{attempt:04d}"
+        self._target = f"{attempts.TENSORBOARD}/attempt-{attempt:04d}"
         self._folder: scratch.Scratch | None = None
         self._writer: Any = None
 
@@ -132,7 +132,7 @@ class MetricsLog:
         start_s = time.monotonic()
         try:
             # A worker that a newer attempt has replaced may still run for a while.
-            if discovery.latest_attempt(self._store) > self._attempt:
+            if attempts.latest_record(self._store) > self._attempt:
                 return
 
             self._store.write(FILE, b"".join(text for _, text in self._lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
-from dist_ft.checkpoint.trained_model import MODEL_FOLDER
+from dist_ft.checkpoint.stored_files import model_is_stored, store_model_files
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import task_class
@@ -273,7 +272,7 @@ def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> N
 def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
     """Store the model's config and tokenizer with the run, so that it can be exported anywhere."""
 
-    if store.exists(f"{MODEL_FOLDER}/.complete"):
+    if model_is_stored(store):
         return
 
     with scratch.folder("model") as folder:
@@ -284,13 +283,12 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
             module.model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+        files: dict[str, bytes] = {}
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                store.write(f"{MODEL_FOLDER}/{name}", path.read_bytes())
+                files[path.relative_to(folder).as_posix()] = path.read_bytes()
 
-    # The marker last: after a crash in between, the next start writes all files again.
-    store.write(f"{MODEL_FOLDER}/.complete", json.dumps({}).encode())
+    store_model_files(store, files)
 
 
 def tensor_infos(module: TrainableModel) -> dict[str, TensorInfo]:

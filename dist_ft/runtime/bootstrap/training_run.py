@@ -41,7 +41,9 @@ from dist_ft.runtime.bootstrap.run_state import (
     build_local_tier,
     evaluation_history,
     find_final_checkpoint,
+    find_local_attempt,
     require_same_run,
+    require_same_samples,
     start_attempt,
 )
 from dist_ft.runtime.bootstrap.run_usage import require_time_left
@@ -124,10 +126,11 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
         limits = require_time_left(config, store, world, comms, restarted_s)
 
         # From here on no earlier attempt can commit, so the latest checkpoint stays the latest.
-        attempt = on_rank0(
-            world, comms, lambda: start_attempt(store, config, world, context.previous_end)
-        )
         local_tier = build_local_tier(config, store, world, comms)
+        known = find_local_attempt(local_tier, comms)
+        attempt = on_rank0(
+            world, comms, lambda: start_attempt(store, config, world, context.previous_end, known)
+        )
         manager = CheckpointManager(store, config.checkpoint, world, comms, attempt, local_tier)
 
         # The manager closes before the ledger ends, so that the time this takes is counted.
@@ -196,6 +199,7 @@ def _train(attempt: _Attempt, manifest: Manifest | None) -> Result:
             if components.metrics is not None:
                 components.metrics.close()
 
+        attempt.manager.require_folder()
         if attempt.world.rank == 0:
             attempt.context.console.print(summary.at_end(attempt.run.config, result))
         return result
@@ -210,6 +214,9 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
     """
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
     manifest = load_weights(run, built, attempt.manager, manifest)
+    if manifest is not None and attempt.loaders.is_new:
+        loader, loaded = attempt.loaders.training, manifest
+        on_rank0(world, comms, lambda: require_same_samples(run.config, loader, store, loaded))
 
     # Measured at the initial weights. A checkpoint has it as part of the optimizer state.
     if manifest is None and run.config.tuning.anchor.method == "ewc":
@@ -226,6 +233,7 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
 
     # Before training: a checkpoint can be exported only with the model's config and tokenizer.
     on_rank0(world, comms, lambda: store_model(store, built.module, run.tokenizer))
+    attempt.manager.remember_stored_files()
     return manifest
 
 

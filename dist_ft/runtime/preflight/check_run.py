@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from uuid import uuid4
 
+from dist_ft.checkpoint.attempts import NOT_EXCLUSIVE
 from dist_ft.config.load import STORED, check_resume, read_stored_config
 from dist_ft.config.schema import ModelSection, RunConfig, Source
 from dist_ft.core.errors import ConfigError, DistFtError
@@ -157,11 +158,7 @@ def _check_writable(config: RunConfig) -> Iterator[str]:
 
         # Attempt numbers rely on it: of two starts only one may create the file of a number.
         if store.create(probe, b"again"):
-            yield (
-                f"run.storage={config.run.storage}: a file that exists could be created again, so "
-                "two starts of a run could not be distinguished. Only storage with conditional "
-                "writes (If-None-Match) is allowed. Use another endpoint or file system."
-            )
+            yield f"run.storage={config.run.storage}: {NOT_EXCLUSIVE}"
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"
