@@ -120,7 +120,7 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
         final = find_final_checkpoint(config, store, world, comms, total_steps)
         if final is not None:
             if world.rank == 0:
-                context.console.print(_complete_message(config, final, total_steps))
+                context.console.print(summary.when_complete(config, final, total_steps))
             return _complete_result(config, store, final, total_steps)
 
         limits = require_time_left(config, store, world, comms, restarted_s)
@@ -379,19 +379,6 @@ def _rewound(components: Components, run: ResolvedRun, progress: Progress) -> Co
     components.time_ledger.rewind(progress.step)
 
     return replace(components, anomaly_detector=detector)
-
-
-def _complete_message(config: RunConfig, manifest: Manifest, total_steps: int) -> str:
-    """Return the line shown when a run has nothing left to do."""
-    step = manifest.progress.step
-    if step < total_steps:
-        state = f"step {step} of {total_steps} is committed, where the run ended early"
-        field = "evaluation.patience"
-    else:
-        state = f"step {step} of {total_steps} is committed"
-        field = "schedule.steps"
-
-    return f"run {config.run.name} is complete: {state}; raise {field} to continue, or export it"
 
 
 def _complete_result(

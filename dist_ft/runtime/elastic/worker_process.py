@@ -386,7 +386,6 @@ def _crashed(error: BaseException) -> TrainingCrashed:
     explained = explain_library_error(error)
     if explained is not None:
         return TrainingCrashed(is_peer_loss, str(explained))
-
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return TrainingCrashed(is_peer_loss, lines[-1])
 
