@@ -221,16 +221,19 @@ def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
     if not patience:
         return False
 
-    # Without the evaluations so far, the run would train on where it should end.
-    if step and not store.exists(METRICS_FILE):
+    # Without the evaluations so far, the run would train on where it should end. A step that is
+    # logged leaves a line.
+    lines = read_metrics(store, step)
+    is_lost = not store.exists(METRICS_FILE) or (not lines and 0 < config.log.every_steps <= step)
+    if step and is_lost:
         raise CheckpointError(
-            f"{store.redacted_url(METRICS_FILE)}: the file is missing, and evaluation.patience="
-            f"{patience} needs the evaluations up to step {step}. Restore it from a copy, or set "
-            "evaluation.patience=0."
+            f"{store.redacted_url(METRICS_FILE)}: the file is missing or empty, and "
+            f"evaluation.patience={patience} needs the evaluations up to step {step}. Restore it "
+            "from a copy, or set evaluation.patience=0."
         )
 
     # A later step than the last evaluation means that training continued after it.
-    history = evaluation_history(config, read_metrics(store, step))
+    history = evaluation_history(config, lines)
     if not history or history[-1][0] != step:
         return False
     return best.should_stop_early(config.checkpoint.best_by, history, patience)
