@@ -66,6 +66,13 @@ def _explain(error: BaseException) -> DistFtError | None:
             "levels. --debug shows where it was read."
         )
 
+    # Names of files and texts of rows are what others wrote; most are checked where they are read.
+    if isinstance(error, UnicodeError):
+        return DataError(
+            f"a name or text of an input is not UTF-8 ({_one_line(error)}). Rename or convert it. "
+            "--debug shows where it was used."
+        )
+
     # Libraries in Rust (tokenizers, safetensors) raise it for what they did not expect; it is no
     # Exception, so that nobody handles it by mistake.
     if is_panic(error):
