@@ -117,7 +117,7 @@ def keep_compiled_code_private() -> None:
     By default it uses a name in the system's temporary folder that all users know, and runs the
     code that it finds there, whoever wrote it.
     """
-    folder = user_folder() or Path("~/.cache").expanduser()
+    folder = user_folder() or Path(os.path.expanduser("~/.cache"))
     os.environ.setdefault(COMPILED_CODE_VARIABLE, str(folder / COMPILED_CODE))
 
 

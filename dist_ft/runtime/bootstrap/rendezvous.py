@@ -96,8 +96,9 @@ def stay_on_loopback() -> None:
     interfaces = [name for _, name in socket.if_nameindex()]
     for name in LOOPBACK_INTERFACES:
         if name in interfaces:
-            for variable in INTERFACE_VARIABLES:
-                os.environ.setdefault(variable, name)
+            # "=" requests an exact match; without it NCCL matches by prefix
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
             return
 
 
