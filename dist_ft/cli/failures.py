@@ -7,13 +7,21 @@ is printed only with --debug (or DIST_FT_DEBUG=1).
 from __future__ import annotations
 
 import os
+import re
 import sys
+from typing import Any
 
 from dist_ft.core.errors import DistFtError, explain_library_error
 
 
+_NAME = re.compile(r"-{0,2}[a-z]{1,20}(?:-[a-z0-9]{1,20}){0,3}")
+"""What looks like the name of a command or of an option."""
+
+
 def report_error(error: Exception) -> int:
     """Print `error` for the user and return the exit code."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return _report_usage(error)
     if isinstance(error, DistFtError):
         return _print_failure(_message(error), error.exit_code, error)
 
@@ -21,6 +29,31 @@ def report_error(error: Exception) -> int:
     explained = explain_library_error(error)
     text = _unexpected(error) if explained is None else _message(explained)
     return _print_failure(text, 1, error)
+
+
+def _report_usage(error: Any) -> int:
+    """Print the parser's error about the arguments without quoting them; return the exit code.
+
+    An argument that is not understood may be a credential: `--token VALUE`, a value after a space.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help of a group of commands
+        error.show(file=sys.stderr)
+        return int(error.exit_code)
+
+    # Names of commands and options are quoted, as most of these errors are their misspellings.
+    may_quote = error.message.startswith(("No such command", "No such option"))
+    for argument in sys.argv[1:]:
+        is_name = _NAME.fullmatch(argument) is not None
+        for part in (argument, argument.partition("=")[2]):
+            if len(part) > 2 and not (may_quote and is_name):
+                for spelling in (part, repr(part)[1:-1]):
+                    error.message = error.message.replace(spelling, "...")
+
+    # A value that the shell or the parser changed.
+    if not may_quote and not error.message.startswith(("Missing", "Option")):
+        error.message = re.sub(r"^(['\"]).*\1(?= is )", "it", error.message, flags=re.DOTALL)
+    error.show(file=sys.stderr)
+    return int(error.exit_code)
 
 
 def leave(code: int) -> None:

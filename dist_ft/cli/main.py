@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ from dist_ft.cli import (
 )
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import Interrupted
+from dist_ft.core.output import redacted_output
 
 app = typer.Typer(
     name="dist-ft",
@@ -96,9 +98,15 @@ for _name, _module in GROUPS.items():
 
 def main() -> None:
     """Run the command line; every failure becomes a text on stderr and an exit code."""
-    try:
-        app()
-    except SystemExit as end:
-        failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except Exception as error:
-        failures.leave(failures.report_error(error))
+    with redacted_output():
+        try:
+            # Not standalone: the parser would print errors itself, which quote the arguments.
+            code = app(standalone_mode=False)
+            failures.leave(code if isinstance(code, int) else 0)
+        except SystemExit as end:
+            failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        except typer.Abort:
+            print("Aborted!", file=sys.stderr)
+            failures.leave(1)
+        except Exception as error:
+            failures.leave(failures.report_error(error))

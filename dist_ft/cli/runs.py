@@ -111,6 +111,7 @@ def report(
     import json
     from pathlib import Path
 
+    from dist_ft.core.redaction import redact, redact_values
     from dist_ft.runs import render_report
     from dist_ft.runs.report import gather
 
@@ -129,10 +130,12 @@ def report(
 
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    # Of plain data, as a redacted text may be no JSON.
+    plain = redact_values(json.loads(json.dumps(content)))
     texts = {
-        "html": render_report.to_html(content),
-        "md": render_report.to_markdown(content),
-        "json": json.dumps(content, indent=1, ensure_ascii=False),
+        "html": redact(render_report.to_html(content)),
+        "md": redact(render_report.to_markdown(content)),
+        "json": json.dumps(plain, indent=1, ensure_ascii=False),
     }
     for suffix, text in texts.items():
         (folder / f"report.{suffix}").write_text(text, "utf-8")

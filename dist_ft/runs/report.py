@@ -14,6 +14,7 @@ from dist_ft.config import renames
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.run_facts import facts
@@ -108,9 +109,9 @@ def gather(url: str) -> Report:
     if not lines:
         raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
-    # Redacted before it is parsed: the text itself is shown, and so are values of the mapping.
-    text = redact(store.read(STORED).decode())
-    config = renames.RUN.migrate(yaml.safe_load(text))
+    # The text itself is shown, and so are values of the mapping. A redacted text may be no YAML.
+    text = store.read(STORED).decode()
+    config = renames.RUN.migrate(redact_values(yaml.safe_load(text)))
     train = [_numbers(line) for line in lines if line["kind"] == "train"]
     evaluations = [_numbers(line) for line in lines if line["kind"] == "evaluation"]
     latest = _latest_evaluation(store)
@@ -118,7 +119,7 @@ def gather(url: str) -> Report:
     return {
         "name": config["run"]["name"],
         "storage": store.redacted_url(),
-        "config": text,
+        "config": redact(text),
         "task": (config.get("task") or {}).get("name", "causal_lm"),
         "model": redact(str(config["model"]["path"])),
         "steps": int(train[-1]["step"]) if train else 0,

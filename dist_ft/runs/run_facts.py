@@ -13,7 +13,7 @@ from dist_ft.checkpoint import discovery
 from dist_ft.config import renames
 from dist_ft.config.load import STORED
 from dist_ft.core.errors import DistFtError
-from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 from dist_ft.data.blocks import index_file as indices
 from dist_ft.runtime.bootstrap.build_data import FOLDER
 from dist_ft.storage.filesystem import Store
@@ -28,7 +28,7 @@ def stored_config(store: Store) -> dict[str, Any]:
     # version stored, whose fields this version may not know.
     import yaml
 
-    return renames.RUN.migrate(yaml.safe_load(redact(store.read(STORED).decode())))
+    return renames.RUN.migrate(redact_values(yaml.safe_load(store.read(STORED).decode())))
 
 
 def facts(store: Store) -> dict[str, str]:

@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dist_ft.core.logs import SECRET_NAME
+from dist_ft.core.redaction import secrets_of_environment
 
 EXCLUDES = (
     ".git",
@@ -115,7 +115,7 @@ def is_excluded(path: str, excludes: Sequence[str] = EXCLUDES) -> bool:
 
 def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[str]:
     """Yield a line for each reason not to upload `folder`."""
-    secrets = _secrets_of_environment()
+    secrets = {value.encode(): name for value, name in secrets_of_environment().items()}
     remedy = "Exclude it (--exclude, .gitignore) or remove it. Nothing was uploaded."
 
     sizes: dict[str, int] = {}
@@ -148,14 +148,3 @@ def find_problems(folder: Path, excludes: Sequence[str] = EXCLUDES) -> Iterator[
             f"{MAX_BYTES / 2**20:.0f} are allowed. Exclude large files (--exclude; largest: "
             f"{largest}), or use the project in the image (--no-package)."
         )
-
-
-def _secrets_of_environment() -> dict[bytes, str]:
-    """Return {value: name} of the environment variables that look like credentials."""
-    secrets = {}
-    for name, value in os.environ.items():
-        # A path is public, and a short value would be found in any file.
-        is_path = name.endswith(("_PATH", "_FILE"))
-        if len(value) >= 8 and SECRET_NAME.search(name) and not is_path:
-            secrets[value.encode()] = name
-    return secrets

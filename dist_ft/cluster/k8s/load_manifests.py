@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dist_ft.config.document import without_values
 from dist_ft.core.errors import ConfigError
 
 KUSTOMIZATION = ("kustomization.yaml", "kustomization.yml", "Kustomization")
@@ -155,8 +156,9 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or error
-        raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from error
+        # What the parser quotes may be a part of a Secret.
+        reason = without_values(str(getattr(error, "problem", None) or type(error).__name__))
+        raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from None
 
     for content in contents:
         # an empty document, such as the one after a last "---"

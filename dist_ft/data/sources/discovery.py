@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import holds_secret
 from dist_ft.data.sources import hub
 from dist_ft.storage import filesystem
 
@@ -98,8 +99,8 @@ def discover_shards(
     for source in sources:
         field_value = f"{field}={redact(source.path)}"
 
-        # `redact` changes nothing but credentials. URLs are stored in the index of the run.
-        if redact(source.path) != source.path:
+        # URLs are stored in the index of the run.
+        if holds_secret(source.path):
             raise DataError(
                 f"{field_value}: holds a credential. Credentials are not allowed in a config. Set "
                 "it in the environment."

@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import DistFtError, explain_library_error
+from dist_ft.core.output import redact_output
+from dist_ft.core.redaction import redact
 from dist_ft.runtime.elastic import process_keeper
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
@@ -257,6 +259,8 @@ class _PipeLog(logging.Handler):
 
 def main() -> None:
     """Import, wait, train, and report how training ended."""
+    redact_output()  # of libraries too, and of tracebacks
+
     # The keeper kills this process with its worker; if the keeper is killed, the kernel does.
     _die_with_parent()
 
@@ -348,7 +352,7 @@ def _failed_before_training(error: BaseException) -> TrainingCrashed:
 
     # All lines in one: the last line of an invalid config is only a link to the documentation.
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return TrainingCrashed(is_peer_loss=False, text=f"failed before training: {text}")
+    return TrainingCrashed(is_peer_loss=False, text=redact(f"failed before training: {text}"))
 
 
 def _crashed(error: BaseException) -> TrainingCrashed:
@@ -362,7 +366,7 @@ def _crashed(error: BaseException) -> TrainingCrashed:
         return TrainingCrashed(is_peer_loss, str(explained))
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return TrainingCrashed(is_peer_loss, lines[-1])
+    return TrainingCrashed(is_peer_loss, redact(lines[-1]))
 
 
 def _die_with_parent() -> None:
