@@ -13,7 +13,6 @@ from typing import Any
 
 from dist_ft.core.errors import DistFtError, explain_library_error
 
-
 _NAME = re.compile(r"-{0,2}[a-z]{1,20}(?:-[a-z0-9]{1,20}){0,3}")
 """What looks like the name of a command or of an option."""
 

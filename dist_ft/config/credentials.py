@@ -30,7 +30,7 @@ from dist_ft.core.secret_forms import (
     key_spans,
     url_spans,
 )
-from dist_ft.core.secret_names import is_secret_name, is_strong_secret_name, words_of
+from dist_ft.core.secret_names import as_set, is_secret_name, is_strong_secret_name, words_of
 
 _VARIABLES = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -62,9 +62,9 @@ _FREE = ("storage.options", "zero.deepspeed", "cluster.network_variables")
 """Fields that go to libraries as they are; without a credential they are still complete."""
 
 # Names that stand for a credential if the value is random.
-_RANDOM_NAMES = frozenset(
+_RANDOM_NAMES = as_set(
     "session sid code license keys tokens login cert certificate user username account pin "
-    "subscription client value".split()
+    "subscription client value"
 )
 
 _LOGIN = re.compile(

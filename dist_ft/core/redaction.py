@@ -203,7 +203,7 @@ def _needles(
     environment: tuple[tuple[str, str], ...], remembered: tuple[tuple[str, str], ...]
 ) -> tuple[Needle, ...]:
     """Return all spellings of the secrets in the environment, the longest secret first."""
-    names: dict[str, str] = {value: name for value, name in remembered}
+    names = dict(remembered)
     for name, value in environment:
         for part in _secrets_in(name, value):
             if len(part) >= MIN_SECRET_LENGTH:

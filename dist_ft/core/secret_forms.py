@@ -11,9 +11,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
-from dist_ft.core.secret_names import is_secret_name, is_secret_parameter, is_strong_secret_name
+from dist_ft.core.secret_names import (
+    as_set,
+    is_secret_name,
+    is_secret_parameter,
+    is_strong_secret_name,
+)
 
 
 class Span(NamedTuple):
@@ -199,10 +205,10 @@ def secret_spans(text: str) -> list[Span]:
 
 # --- single values
 
-CHOICES = frozenset(
+CHOICES = as_set(
     "true false yes no on off none null auto default required optional enabled disabled anon "
     "anonymous google_default cloud cache browser sigv4 s3v4 basic bearer token env environment "
-    "iam instance metadata".split()
+    "iam instance metadata"
 )
 """Values of options named token, auth or key that choose a method and are no credential."""
 
@@ -279,4 +285,4 @@ def _num_class_changes(text: str) -> int:
             kinds.append("A")
         else:
             kinds.append("0" if character.isdigit() else "-")
-    return sum(first != second for first, second in zip(kinds, kinds[1:], strict=False))
+    return sum(first != second for first, second in pairwise(kinds))

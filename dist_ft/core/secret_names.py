@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from itertools import pairwise
+
+
+def as_set(words: str) -> frozenset[str]:
+    """Return the words of a text as a set."""
+    return frozenset(words.split())
+
 
 # customerKey, SSECustomerKey, api-key, api_key2: the words of a name, without digits at their ends.
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
-ALWAYS = frozenset(
+ALWAYS = as_set(
     "secret secrets password passwords passwd passphrase passwort pwd pw pass passcode credential "
     "credentials creds authorization auth cookie cookies jwt bearer apikey apikeys apitoken "
     "accesskey secretkey privatekey accountkey authtoken accesstoken pkey pat sas dsn webhook "
-    "pgpass pgpassword connstr totp otp hmac signature sig awsaccesskeyid jsessionid".split()
+    "pgpass pgpassword connstr totp otp hmac signature sig awsaccesskeyid jsessionid"
 )
 """Words that stand for a credential as the last word of a name."""
 
-ANYWHERE = frozenset(
+ANYWHERE = as_set(
     "secret secrets password passwords passwd passphrase credential credentials apikey accesskey "
-    "secretkey privatekey accountkey pgpass pgpassword webhook".split()
+    "secretkey privatekey accountkey pgpass pgpassword webhook"
 )
 """Words that stand for a credential wherever they are in a name, unless a `REFERENCE` is last."""
 
@@ -57,40 +64,40 @@ COMPOUNDS = (
 )
 """Pairs of words that stand for a credential anywhere in a name, unless a `REFERENCE` is last."""
 
-REFERENCES = frozenset(
+REFERENCES = as_set(
     "file files path paths dir folder sock socket arn env var variable name names uri url urls "
     "endpoint host type types mode provider format algorithm method scheme version ttl timeout "
     "expiry expires expiration expire enabled enable disabled disable required optional size "
     "length len limit count num max min interval retries source process helper command cmd region "
     "scope scopes audience issuer store backend manager parallelism prompt template column field "
-    "label labels class policy rotation policies service server check pattern regex prefix suffix reset "
-    "change changed expired help filename filenames fd descriptor days hours minutes seconds ms "
-    "refresh chain".split()
+    "label labels class policy rotation policies service server check pattern regex prefix suffix "
+    "reset change changed expired help filename filenames fd descriptor days hours minutes "
+    "seconds ms refresh chain"
 )
 """Last words of names that refer to a credential, or describe it, without holding it."""
 
-_VOCABULARY = frozenset(
+_VOCABULARY = as_set(
     "eos bos pad unk mask cls sep special image audio video start end stop begin prompt decoder "
     "forced first last next per sequence additional new target cache think thinking system user "
     "assistant tool eot eom fim input output label text word sub single num max min total page "
-    "continuation suffix prefix separator boundary class pooling vision placeholder".split()
+    "continuation suffix prefix separator boundary class pooling vision placeholder"
 )
 """Words before `token` in names of tokens of text, or of pages of a listing."""
 
-_PLAIN_KEYS = frozenset(
+_PLAIN_KEYS = as_set(
     "prompt text label labels image audio sort primary partition column group dataset feature "
     "target input output source data row id index cache public join foreign object hash dict json "
     "meta metadata answer answers response question context title message messages content role "
     "sample record field document doc entity tag tags category class query passage chosen rejected "
     "completion instruction system user name time date order map lookup unique composite natural "
     "weight weights state param parameter model tensor layer config env value bucket path file "
-    "any other kms".split()
+    "any other kms"
 )
 """Words before `key` in names of columns and of entries of mappings."""
 
-_PASSES = frozenset(
+_PASSES = as_set(
     "forward backward first second third one two single multi all per low high band num max min "
-    "last next eval train test by".split()
+    "last next eval train test by"
 )
 """Words before `pass` where it is not a password."""
 
@@ -99,9 +106,9 @@ _HEADERS = frozenset({"x-amz-content-sha256-key", "set-cookie", "x-functions-key
 
 # Parameters of URLs that are secret in a URL only: CloudFront's policy, keys of web services,
 # tokens of content delivery networks.
-_URL_PARAMETERS = frozenset(
+_URL_PARAMETERS = as_set(
     "key policy code-verifier hdnea hdnts hdntl sid sessionid phpsessid access-token sign "
-    "x-goog-credential x-amz-credential googleaccessid key-pair-id".split()
+    "x-goog-credential x-amz-credential googleaccessid key-pair-id"
 )
 
 
@@ -141,7 +148,7 @@ def is_secret_name(name: str) -> bool:
     if last in ALWAYS or not ANYWHERE.isdisjoint(words):
         return True
 
-    pairs = tuple(zip(words, words[1:], strict=False))
+    pairs = tuple(pairwise(words))
     if any(compound in pairs for compound in COMPOUNDS):
         return True
 
@@ -161,7 +168,7 @@ def is_strong_secret_name(name: str) -> bool:
     if not words or words[-1] in REFERENCES:
         return False
 
-    pairs = tuple(zip(words, words[1:], strict=False))
+    pairs = tuple(pairwise(words))
     if any(compound in pairs for compound in COMPOUNDS):
         return True
     strong = ANYWHERE | {"pwd", "pw", "passcode", "pass", "authorization", "pkey", "pgpass"}

@@ -131,7 +131,7 @@ def inline_config(config: RunConfig) -> str:
     """Return the config as JSON that `load_config` accepts, without the cluster's address.
 
     Raises:
-        ConfigError: it holds a credential, which the command would show to all users of the cluster.
+        ConfigError: it holds a credential, which the command would show to all of the cluster.
     """
     require_no_credentials(config, f"submit {config.run.name}")
 

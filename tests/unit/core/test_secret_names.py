@@ -6,6 +6,7 @@ import pytest
 
 from dist_ft.config.error_messages import schema_paths
 from dist_ft.core.secret_names import (
+    as_set,
     is_plain_name,
     is_secret_name,
     is_secret_parameter,
@@ -13,7 +14,7 @@ from dist_ft.core.secret_names import (
     words_of,
 )
 
-SECRET = (
+SECRET = as_set(
     "key secret token password passwd pwd passphrase auth http_auth basicAuth Authorization "
     "Proxy-Authorization Cookie cookies Set-Cookie X-Api-Key x-auth-token api_key apikey api-key "
     "access_key access_key_id aws_secret_access_key aws_session_token secret_key SSECustomerKey "
@@ -21,8 +22,8 @@ SECRET = (
     "client_secret refresh_token access_token accessToken bearer_token sas_token connection_string "
     "shared_access_signature credential credentials jwt dsn webhook encryption_key userPassword "
     "password2 db_pass kerb_password signature session_token hf_token oauth_token"
-).split()
-HONEST = (
+)
+HONEST = as_set(
     "max_new_tokens tokens num_tokens tokenizer tokenizer_processes token_uri token_classification "
     "eos_token pad_token bos_token unk_token mask_token eos_token_id cache_token page_token "
     "next_token prompt_key label_key sort_key primary_key partition_key cache_key public_key keys "
@@ -30,15 +31,15 @@ HONEST = (
     "auth_type auth_url credential_source token_ttl token_limit key_file key_filename keyboard "
     "monkey compass bypass forward_pass num_passes pass_through author authority encoder secretary "
     "signature_version requester_pays password_reset privacy key_value keep_last NCCL_IB_PKEY"
-).split()
+)
 
 
-@pytest.mark.parametrize("name", SECRET)
+@pytest.mark.parametrize("name", sorted(SECRET))
 def test_names_of_credentials(name):
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", sorted(HONEST))
 def test_names_of_other_things(name):
     assert not is_secret_name(name)
 
