@@ -15,6 +15,7 @@ from dist_ft.config.load import STORED, parse_stored_text, read_stored_text
 from dist_ft.core.errors import DataError, DocumentError, StorageError
 from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.run_facts import facts
@@ -112,9 +113,9 @@ def gather(url: str) -> Report:
     if not lines:
         raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
-    # Redacted before it is parsed: the text itself is shown, and so are values of the mapping.
-    text = redact(read_stored_text(store))
-    config = parse_stored_text(text, store.redacted_url(STORED))
+    # The text itself is shown, and so are values of the mapping. A redacted text may be no YAML.
+    text = read_stored_text(store)
+    config = redact_values(parse_stored_text(text, store.redacted_url(STORED)))
     train = [_numbers(line) for line in lines if line.get("kind") == "train"]
     evaluations = [_numbers(line) for line in lines if line.get("kind") == "evaluation"]
     latest = _latest_evaluation(store)
@@ -128,7 +129,7 @@ def gather(url: str) -> Report:
     return {
         "name": name,
         "storage": store.redacted_url(),
-        "config": text,
+        "config": redact(text),
         "task": task,
         "model": redact(model),
         "steps": int(train[-1]["step"]) if train else 0,

@@ -19,6 +19,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core import private_folders
 from dist_ft.core.errors import ConfigError, FolderError
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 
 log = logging.getLogger("dist_ft.metrics")
 MLFLOW_TAG = "dist_ft.run"
@@ -159,7 +160,7 @@ def _start_wandb(config: RunConfig, url: str, cache: Path) -> Tracker:
         id=_run_id(url),
         name=config.run.name,
         resume="allow",
-        config=config.model_dump(mode="json"),
+        config=redact_values(config.model_dump(mode="json")),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
 

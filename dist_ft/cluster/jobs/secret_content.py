@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote
 
-from dist_ft.core.logs import SECRET_NAME
+from dist_ft.core.secret_names import is_secret_variable
 
 CHUNK_BYTES = 2**20
 """How much of a file is in memory at once."""
@@ -115,7 +115,7 @@ def secret_variables() -> dict[str, str]:
     for name, value in os.environ.items():
         # a path is public
         is_path = name.endswith(("_PATH", "_FILE"))
-        if len(value) >= MIN_VALUE_LENGTH and SECRET_NAME.search(name) and not is_path:
+        if len(value) >= MIN_VALUE_LENGTH and is_secret_variable(name) and not is_path:
             variables[name] = value
     return variables
 

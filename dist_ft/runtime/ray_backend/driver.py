@@ -25,6 +25,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core import logs
 from dist_ft.core.errors import DistFtError, StorageError, WorkerError
+from dist_ft.core.output import redact_output
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap.rendezvous import loopback_address
 from dist_ft.runtime.elastic.coordinator import Coordinator, print_lines
@@ -309,6 +310,7 @@ def _worker(settings: WorkerSettings) -> None:
     """Supervise a training process until the run is over; each Ray Train worker runs this."""
     import ray
 
+    redact_output()
     # Relative paths of the config start at the driver's folder, if this node has it too.
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
