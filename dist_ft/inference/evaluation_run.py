@@ -95,4 +95,8 @@ def _model_config(run: ResolvedRun) -> Any:
     model = run.model
     folder = fetch_model(model.path, model.revision, run.config.data.cache_dir, weights=False)
     source = pretrained_model.Source(folder, f"model.path={model.path}", model.trust_remote_code)
-    return pretrained_model.read_config(source)
+    try:
+        return pretrained_model.read_config(source)
+    except ModelError as error:
+        needed = "A folder that save_pretrained or `dist-ft export` writes"
+        raise pretrained_model.not_a_model_error(error, source.shown, needed) from error

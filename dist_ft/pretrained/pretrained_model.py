@@ -91,6 +91,20 @@ def _explain(shown: str, what: str, error: BaseException) -> str:
     )
 
 
+def not_a_model_error(error: ModelError, shown: str, needed: str) -> ModelError:
+    """Return the error of `read_config` for a command that may get any folder.
+
+    `error` itself, if it says more than that the folder holds no model.
+    """
+    cause = error.__cause__
+    if not isinstance(cause, OSError | ValueError) or "trust_remote_code" in str(cause):
+        return error
+    return ModelError(
+        f"{shown}: is not a model folder ({first_line(cause)[:100]}). {needed} is needed. Export "
+        "the run first, or correct the path."
+    )
+
+
 def file_names(source: Source) -> list[str]:
     """Return the names of the model's files in the folder, checked; other folders in it are not.
 
