@@ -11,6 +11,7 @@ from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import PromptingSection
 from dist_ft.config.task_facts import task_class
+from dist_ft.core.errors import ModelError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
 from dist_ft.runtime.bootstrap.labels import resolve_labels

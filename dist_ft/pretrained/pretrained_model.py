@@ -217,17 +217,11 @@ def _check_generation_config(source: Source) -> bool:
     return True
 
 
-def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs: Any) -> Any:
-    """Return what `model_class.from_pretrained` returns for the folder.
-
-    Args:
-        source: the folder, of a whole model.
-        model_class: an auto class of transformers.
-        what: what is read, for errors.
-        kwargs: further arguments.
+def check_weights(source: Source) -> None:
+    """Check the weights of a whole model: their files, and that they fit config.json.
 
     Raises:
-        ModelError: the folder has no such model, or its files are damaged.
+        ModelError: a file leads out of the folder or is damaged, or there is an adapter of peft.
     """
     config = _check_config(source)
     _check_generation_config(source)
@@ -241,6 +235,20 @@ def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs
         )
     model_size.check_size(config, weight_files.tensor_shapes(folder, source.shown), source.shown)
 
+
+def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs: Any) -> Any:
+    """Return what `model_class.from_pretrained` returns for the folder.
+
+    Args:
+        source: the folder, of a whole model.
+        model_class: an auto class of transformers.
+        what: what is read, for errors.
+        kwargs: further arguments.
+
+    Raises:
+        ModelError: the folder has no such model, or its files are damaged.
+    """
+    check_weights(source)
     with loading_errors(source.shown, what):
         return model_class.from_pretrained(
             source.folder,

@@ -116,7 +116,9 @@ BOMBS = {
     "product-of-constants": "{% set x = ('a' * 100000) * 100000 %}",
     "sum": double("{% set ns.x = ns.x + ns.x %}"),
     "concatenation": double("{% set ns.x = ns.x ~ ns.x %}"),
-    "markup": "{% autoescape true %}" + double("{% set ns.x = ns.x ~ ns.x %}"),
+    "markup": "{% autoescape true %}"
+    + double("{% set ns.x = ns.x ~ ns.x %}")
+    + "{% endautoescape %}",
     "list": double("{% set ns.x = [ns.x, ns.x] %}"),
     "list-sum": double("{% set ns.x = [1] + (ns.x | list) + (ns.x | list) %}"),
     "mapping": double("{% set ns.x = {'a': ns.x, 'b': ns.x} %}"),
