@@ -11,6 +11,7 @@ from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import PromptingSection
 from dist_ft.config.task_facts import task_class
+from dist_ft.core.errors import ModelError
 from dist_ft.core.world import Collectives, World
 from dist_ft.runtime.bootstrap.few_shot_examples import resolve_templates
 from dist_ft.runtime.bootstrap.labels import resolve_labels
@@ -95,4 +96,8 @@ def _model_config(run: ResolvedRun) -> Any:
     model = run.model
     folder = fetch_model(model.path, model.revision, run.config.data.cache_dir, weights=False)
     source = pretrained_model.Source(folder, f"model.path={model.path}", model.trust_remote_code)
-    return pretrained_model.read_config(source)
+    try:
+        return pretrained_model.read_config(source)
+    except ModelError as error:
+        needed = "A folder that save_pretrained or `dist-ft export` writes"
+        raise pretrained_model.not_a_model_error(error, source.shown, needed) from error

@@ -168,7 +168,12 @@ def _read_task(
     path: str, folder: str, info: ExportInfo, prompting: PromptingSection
 ) -> TaskSection:
     """Return the task of the model in a folder, by its config.json and by what an export adds."""
-    config = pretrained_model.read_config(Source(folder, f"model.path={path}"))
+    try:
+        config = pretrained_model.read_config(Source(folder, f"model.path={path}"))
+    except ModelError as error:
+        raise pretrained_model.not_a_model_error(
+            error, f"model.path={path}", "A folder that `dist-ft export` writes"
+        ) from error
 
     # The files of a prompted model are those of a causal model: they know neither task nor labels.
     stored = cast("dict[str, Any]", info)

@@ -91,6 +91,20 @@ def _explain(shown: str, what: str, error: BaseException) -> str:
     )
 
 
+def not_a_model_error(error: ModelError, shown: str, needed: str) -> ModelError:
+    """Return the error of `read_config` for a command that may get any folder.
+
+    `error` itself, if it says more than that the folder holds no model.
+    """
+    cause = error.__cause__
+    if not isinstance(cause, OSError | ValueError) or "trust_remote_code" in str(cause):
+        return error
+    return ModelError(
+        f"{shown}: is not a model folder ({first_line(cause)[:100]}). {needed} is needed. Export "
+        "the run first, or correct the path."
+    )
+
+
 def file_names(source: Source) -> list[str]:
     """Return the names of the model's files in the folder, checked; other folders in it are not.
 
@@ -203,17 +217,11 @@ def _check_generation_config(source: Source) -> bool:
     return True
 
 
-def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs: Any) -> Any:
-    """Return what `model_class.from_pretrained` returns for the folder.
-
-    Args:
-        source: the folder, of a whole model.
-        model_class: an auto class of transformers.
-        what: what is read, for errors.
-        kwargs: further arguments.
+def check_weights(source: Source) -> None:
+    """Check the weights of a whole model: their files, and that they fit config.json.
 
     Raises:
-        ModelError: the folder has no such model, or its files are damaged.
+        ModelError: a file leads out of the folder or is damaged, or there is an adapter of peft.
     """
     config = _check_config(source)
     _check_generation_config(source)
@@ -227,6 +235,20 @@ def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs
         )
     model_size.check_size(config, weight_files.tensor_shapes(folder, source.shown), source.shown)
 
+
+def read_model(source: Source, model_class: Any, what: str = "weights", **kwargs: Any) -> Any:
+    """Return what `model_class.from_pretrained` returns for the folder.
+
+    Args:
+        source: the folder, of a whole model.
+        model_class: an auto class of transformers.
+        what: what is read, for errors.
+        kwargs: further arguments.
+
+    Raises:
+        ModelError: the folder has no such model, or its files are damaged.
+    """
+    check_weights(source)
     with loading_errors(source.shown, what):
         return model_class.from_pretrained(
             source.folder,

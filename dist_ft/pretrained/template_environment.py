@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jinja2 import nodes
@@ -21,10 +21,11 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dist_ft.pretrained import template_operations
-from dist_ft.pretrained.template_budget import CONTAINERS, RenderBudget
+from dist_ft.pretrained.template_budget import POINTER_BYTES, STEP, RenderBudget
+from dist_ft.pretrained.template_operations import PLAIN_METHODS
 
-BLOCKS_PER_STEP = 64
-"""Output blocks that an extension may read for the cost of one step."""
+BYTES_PER_BLOCK = 2
+"""Cost of each output block that an extension reads."""
 
 
 class _CountingCodeGenerator(CodeGenerator):
@@ -63,8 +64,19 @@ class _CountingCodeGenerator(CodeGenerator):
         super().visit_Call(node, frame, forward_caller=forward_caller)
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        """Count comparisons, which take long for long values."""
-        self._wrap("(environment.count_step(0) and ", super().visit_Compare, node, frame)
+        """Count comparisons of values that may be long."""
+        if _is_short(node):
+            super().visit_Compare(node, frame)
+        else:
+            self._wrap("(environment.count_step(0) and ", super().visit_Compare, node, frame)
+
+    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
+        """Count the text of a sum; by a method of its own, as templates add all their text."""
+        self.write("environment.add(")
+        self.visit(node.left, frame)
+        self.write(", ")
+        self.visit(node.right, frame)
+        self.write(")")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
         """Count the copies that slices are."""
@@ -107,6 +119,13 @@ class _CountingCodeGenerator(CodeGenerator):
         self.write(before)
         visit(node, frame)
         self.write(")")
+
+
+def _is_short(node: nodes.Compare) -> bool:
+    """Whether a comparison is one for equality with a constant of the template."""
+    if len(node.ops) != 1 or node.ops[0].op not in ("eq", "ne"):
+        return False
+    return isinstance(node.expr, nodes.Const) or isinstance(node.ops[0].expr, nodes.Const)
 
 
 def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
@@ -184,49 +203,63 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def count_step(self, characters: int) -> bool:
         """Count one step that writes `characters` of fixed text; return True."""
         budget = self._local.budget
-        budget.step()
-        if characters:
-            budget.charge(characters)
+        budget.left -= STEP + characters
+        if budget.left < budget.next_check:
+            budget.check()
         return True
 
     def count_output(self, value: Any) -> Any:
         """Count a value that is about to be written; return it."""
-        budget = getattr(self._local, "budget", None)
-        if budget is not None:  # a constant is written while the template is compiled
-            budget.step()
-            budget.charge_text(value)
+        try:
+            budget = self._local.budget
+        except AttributeError:
+            return value  # a constant, written while the template is compiled
+
+        if type(value) is str:
+            budget.left -= STEP + len(value)
+            if budget.left < budget.next_check:
+                budget.check()
+        else:
+            budget.spend(budget.weigh(value))
         return value
 
     def count_slice(self, value: Any) -> Any:
         """Count a slice; return it."""
-        budget = self._local.budget
-        budget.step()
         if isinstance(value, str | bytes):
-            budget.charge(len(value))
-        elif isinstance(value, list | tuple):
-            budget.charge(8 * len(value))
+            self._local.budget.spend(len(value))
+        else:
+            self._local.budget.spend(POINTER_BYTES * len(value))
         return value
 
     def count_container(self, value: Any) -> Any:
         """Count a new container; return it."""
         budget = self._local.budget
-        budget.step()
         budget.weigh(value)
-        budget.charge(8 * len(value))
+        budget.spend(POINTER_BYTES * len(value))
         return value
 
     def join_counted(self, join: Callable[[Any], Any], parts: tuple[Any, ...]) -> Any:
         """Return the joined text of `parts`."""
         budget = self._local.budget
-        budget.step()
         for part in parts:
-            budget.charge_text(part)
+            budget.spend_text(part)
         return join(parts)
+
+    def add(self, left: Any, right: Any) -> Any:
+        """Return `left + right`."""
+        budget = self._local.budget
+        if type(left) is str and type(right) is str:
+            budget.left -= STEP + len(left) + len(right)
+            if budget.left < budget.next_check:
+                budget.check()
+        else:
+            template_operations.check_operator(budget, "+", left, right)
+        return left + right
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Return the result of a binary operator that may create a large value."""
         budget = self._local.budget
-        budget.step()
+        budget.spend(0)
         template_operations.check_operator(budget, operator, left, right)
         return super().call_binop(context, operator, left, right)
 
@@ -241,66 +274,60 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(wrapped)
         def checked(*args: Any, **kwargs: Any) -> str:
-            budget = self.budget
-            template_operations.check_format(budget, template, (*args, *kwargs.values()))
-            return wrapped(*args, **kwargs)
+            template_operations.check_format(self.budget, template, (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
 
         return checked
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function, macro or method from a template."""
         budget = __self._local.budget
-        budget.step()
+        budget.spend(0)
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str | bytes | int | float):
+        if type(owner) is str and __obj.__name__ in PLAIN_METHODS:
+            pass
+        elif isinstance(owner, str | bytes | int | float):
             args = template_operations.check_method(budget, owner, __obj.__name__, args, kwargs)
         elif isinstance(owner, Extension):
             # It joins all output so far.
             blocks = getattr(owner, "_rendered_blocks", None) or ()
-            budget.step(len(blocks) // BLOCKS_PER_STEP)
+            budget.spend(len(blocks) * BYTES_PER_BLOCK)
         else:
             for argument in (*args, *kwargs.values()):
-                if isinstance(argument, CONTAINERS):
-                    budget.weigh(argument)
+                budget.weigh(argument)
             template_operations.check_function(__obj, args, kwargs)
 
         result = super().call(__context, __obj, *args, **kwargs)
-        __self._count_result(budget, result)
-        return result
-
-    @staticmethod
-    def _count_result(budget: RenderBudget, result: Any) -> None:
         if isinstance(result, str | bytes):
-            budget.charge(len(result))
+            budget.spend(len(result))
         elif isinstance(result, list | tuple | dict):
             # Of a view of a mapping, all parts were counted with the mapping.
+            budget.spend(POINTER_BYTES * len(result))
             budget.weigh(result)
-            budget.charge(8 * len(result))
+        return result
 
     def _counted_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter that checks what it gets and counts what it returns."""
         # Jinja passes some filters the context first, by a mark of the function, which stays.
         first = int(getattr(function, "jinja_pass_arg", None) is not None)
-        check = template_operations.FILTER_CHECKS.get(name)
+        num_plain = first + 1
+        if name not in template_operations.PLAIN_FILTERS:
+            num_plain = -1
 
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
             budget = self.budget
-            budget.step()
-            if len(args) > first:
+            if len(args) == num_plain and not kwargs:
                 value = args[first]
-                if name in template_operations.ITERABLE_FILTERS and isinstance(value, Iterator):
-                    value = template_operations.to_list(budget, value)
-                    args = (*args[:first], value, *args[first + 1 :])
-                template_operations.check_counts(name, args[first + 1 :], kwargs)
-                if check is not None:
-                    check(budget, value, args[first + 1 :], kwargs)
+                budget.spend(len(value) if type(value) is str else 0)
+                return function(*args)
 
+            args = template_operations.check_filter(budget, name, args, first, kwargs)
             result = function(*args, **kwargs)
             if isinstance(result, str | bytes):
-                budget.charge(len(result))
+                budget.spend(len(result))
             elif isinstance(result, list | tuple):
-                budget.charge(8 * len(result))
+                budget.spend(POINTER_BYTES * len(result))
             return result
 
         return counted
@@ -308,7 +335,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _counted_test(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.budget.step()
+            self.budget.spend(0)
             return function(*args, **kwargs)
 
         return counted

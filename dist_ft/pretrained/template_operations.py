@@ -10,7 +10,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dist_ft.pretrained.template_budget import CONTAINERS, RenderBudget, TemplateLimitError
+from dist_ft.pretrained.template_budget import (
+    CONTAINERS,
+    STEP,
+    RenderBudget,
+    TemplateLimitError,
+)
 
 MAX_COUNT = 100_000
 """Largest width, number of lines or of repetitions."""
@@ -28,6 +33,15 @@ _FIELD = re.compile(r"\{([^{}]+)\}")
 _NESTED_FIELD = re.compile(r"\{[^{}]+\{")
 _WIDTH = re.compile(r"\d{5,}")
 
+PLAIN_METHODS = frozenset(
+    (
+        *("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "startswith", "endswith"),
+        *("split", "rsplit", "splitlines", "partition", "rpartition", "upper", "lower", "title"),
+        *("capitalize", "find", "rfind", "index", "count", "isdigit", "isalpha", "isspace"),
+        *("isupper", "islower"),
+    )
+)
+"""Methods of texts that create no more text than they get."""
 ITERABLE_FILTERS = frozenset({"join", "list", "sum", "sort", "min", "max", "unique", "groupby"})
 """Filters that read all of an iterator, which becomes a list before, item by item."""
 _UNCOUNTED_FILTERS = frozenset({"d", "default", "equalto", "attr"})
@@ -39,10 +53,10 @@ def to_list(budget: RenderBudget, values: Iterator[Any]) -> list[Any]:
     listed = []
     num_bytes = 0
     for value in values:
-        budget.step()
+        budget.spend(0)
         num_bytes += 8 + budget.weigh(value)
-        if num_bytes > budget.bytes_left:
-            budget.charge(num_bytes)
+        if num_bytes > budget.left:
+            budget.spend(num_bytes)  # raises: the list may hold one large value many times
         listed.append(value)
     return listed
 
@@ -51,7 +65,7 @@ def check_operator(budget: RenderBudget, operator: str, left: Any, right: Any) -
     """Check `left operator right`, an operation that may create a large value."""
     if operator == "+":
         if isinstance(left, str | bytes | list | tuple):
-            budget.charge(_size(budget, left) + _size(budget, right))
+            budget.spend(_size(budget, left) + _size(budget, right))
     elif operator == "*":
         _check_product(budget, left, right)
     elif operator == "**":
@@ -70,7 +84,7 @@ def _check_product(budget: RenderBudget, left: Any, right: Any) -> None:
 
     sequence, count = (right, left) if isinstance(left, int) else (left, right)
     if isinstance(sequence, str | bytes | list | tuple) and isinstance(count, int):
-        budget.charge(max(0, count) * _size(budget, sequence))
+        budget.spend(max(0, count) * _size(budget, sequence))
 
 
 def _check_bits(num_bits: int) -> None:
@@ -108,7 +122,7 @@ def check_format(budget: RenderBudget, template: str, values: tuple[Any, ...]) -
     for value in values:
         if isinstance(value, str | bytes | CONTAINERS):
             largest = max(largest, budget.weigh(value))
-    budget.charge(len(template) + num_fields * largest)
+    budget.spend(len(template) + num_fields * largest)
 
 
 def check_method(
@@ -139,10 +153,10 @@ def check_method(
     elif name == "expandtabs":
         tabs = "\t" if isinstance(owner, str) else b"\t"
         width = next((value for value in (*args, *kwargs.values())), 8)
-        budget.charge(owner.count(tabs) * int(width))  # type: ignore[arg-type]
+        budget.spend(owner.count(tabs) * int(width))  # type: ignore[arg-type]
     elif name == "translate" and args and isinstance(args[0], dict):
         longest = max((_size(budget, value) for value in args[0].values()), default=0)
-        budget.charge(len(owner) * (1 + longest))
+        budget.spend(len(owner) * (1 + longest))
     elif name in ("encode", "decode"):
         for value in (*args, *kwargs.values()):
             _check_encoding(value)
@@ -161,15 +175,15 @@ def _check_encoding(name: Any) -> None:
 
 def _check_join(budget: RenderBudget, separator: Any, values: Any) -> None:
     if isinstance(values, str):
-        budget.charge(len(values) * (1 + len(separator)))
+        budget.spend(len(values) * (1 + len(separator)))
     elif hasattr(values, "__len__"):
-        budget.charge(budget.weigh(values) + len(values) * len(separator))
+        budget.spend(budget.weigh(values) + len(values) * len(separator))
 
 
 def _check_replace(budget: RenderBudget, text: Any, old: Any, new: Any) -> None:
     same_type = isinstance(old, type(text)) or (isinstance(text, str) and isinstance(old, str))
     if same_type and isinstance(new, str | bytes):
-        budget.charge(len(text) + text.count(old) * len(new))
+        budget.spend(len(text) + text.count(old) * len(new))
 
 
 def check_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -178,6 +192,38 @@ def check_function(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, An
         for value in (*args, *kwargs.values()):
             if isinstance(value, int) and value > MAX_PADDING_CHARACTERS:
                 raise TemplateLimitError("it creates a large text by lipsum()")
+
+
+def check_filter(
+    budget: RenderBudget,
+    name: str,
+    args: tuple[Any, ...],
+    first: int,
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, ...]:
+    """Check the call of a filter; return its arguments, iterators as lists where it reads all.
+
+    Args:
+        budget: of the rendering.
+        name: name of the filter.
+        args: positional arguments.
+        first: position of the value that is filtered.
+        kwargs: keyword arguments.
+    """
+    budget.spend(0)
+    if len(args) <= first:
+        return args  # the filter reports it
+
+    value = args[first]
+    if name in ITERABLE_FILTERS and isinstance(value, Iterator):
+        value = to_list(budget, value)
+        args = (*args[:first], value, *args[first + 1 :])
+    others = args[first + 1 :]
+    check_counts(name, others, kwargs)
+    check = FILTER_CHECKS.get(name)
+    if check is not None:
+        check(budget, value, others, kwargs)
+    return args
 
 
 def check_counts(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -243,7 +289,7 @@ def _indent(
     if isinstance(width, str):
         width = len(width)
     if isinstance(value, str) and isinstance(width, int):
-        budget.charge(len(value) + (1 + value.count("\n")) * max(0, width))
+        budget.spend(len(value) + (1 + value.count("\n")) * max(0, width))
 
 
 def _to_json(
@@ -256,7 +302,7 @@ def _to_json(
             indent = max(indent, len(option))
         elif isinstance(option, int) and not isinstance(option, bool):
             indent = max(indent, option)
-    budget.charge(budget.weigh(value) * (1 + indent // 8))
+    budget.spend(budget.weigh(value) * (1 + indent // 8))
 
 
 def _format(
@@ -268,7 +314,7 @@ def _format(
 def _as_text(
     budget: RenderBudget, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
-    budget.charge_text(value)
+    budget.spend_text(value)
 
 
 def _pretty(
@@ -283,8 +329,7 @@ def _padded(
 ) -> None:
     _check_paddings("batch", args, kwargs)
     count = next((number for number in args if isinstance(number, int)), 0)
-    budget.step(abs(count))
-    budget.charge(8 * abs(count))
+    budget.spend(STEP * abs(count))
 
 
 def _sum(
@@ -292,17 +337,21 @@ def _sum(
 ) -> None:
     for start in (*args, *kwargs.values()):
         if isinstance(start, CONTAINERS) and hasattr(value, "__len__"):
-            budget.charge(len(value) * budget.weigh(value))
+            budget.spend(len(value) * budget.weigh(value))
 
 
 def _scanned(
     budget: RenderBudget, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     _check_paddings("urlize, |wordwrap or |striptags", args, kwargs)
-    budget.charge_text(value)
+    budget.spend_text(value)
     _check_scanned("|urlize, |wordwrap or |striptags", value)
 
 
+PLAIN_FILTERS = frozenset(
+    ("trim", "upper", "lower", "title", "capitalize", "string", "length", "count", "first", "last")
+)
+"""Filters that create no more text than they get."""
 FILTER_CHECKS: dict[str, FilterCheck] = {
     "join": _join,
     "replace": _replace,

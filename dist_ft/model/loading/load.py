@@ -47,7 +47,7 @@ class LoadedModel(NamedTuple):
     new_weights: frozenset[str]
 
 
-def _source(section: ModelSection, folder: str) -> Source:
+def model_source(section: ModelSection, folder: str) -> Source:
     """Return the folder of a section's model, with the user's permission to run its code."""
     return Source(folder, redact(f"model.path={section.path}"), section.trust_remote_code)
 
@@ -61,7 +61,7 @@ def read_config(
         ModelError: the model is absent, cannot do the task, or has a head for other labels.
     """
     folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
-    source = _source(section, folder)
+    source = model_source(section, folder)
     config = pretrained_model.read_config(source)
 
     # A model with code of its own may do a task that transformers does not list.
@@ -101,7 +101,7 @@ def load_tokenizer(section: ModelSection, cache_dir: str | None = None) -> PreTr
     """
     path = section.tokenizer or section.path
     folder = fetch_model(path, section.revision, cache_dir, weights=False)
-    tokenizer = pretrained_model.read_tokenizer(_source(section, folder))
+    tokenizer = pretrained_model.read_tokenizer(model_source(section, folder))
 
     if section.chat_template is not None:
         try:
@@ -154,10 +154,10 @@ def load_task_model(
     transformers_logging.set_verbosity_error()  # we report the weights ourselves, in one line
 
     folder = fetch_model(section.path, section.revision, cache_dir)
-    source = _source(section, folder)
+    source = model_source(section, folder)
     info = export_info.read_adapter_info(folder, source.shown)
     if info is not None:
-        _check_chain(folder, source.shown, adapters)
+        check_adapter_chain(folder, source.shown, adapters)
         return _load_with_adapter(task, section, cache_dir, info, (*adapters, folder))
 
     # A head of another shape may be one that a new head replaces, so transformers must not raise an
@@ -190,7 +190,7 @@ def load_task_model(
     return LoadedModel(_finish(model, section), new_weights)
 
 
-def _check_chain(folder: str, shown: str, adapters: tuple[str, ...]) -> None:
+def check_adapter_chain(folder: str, shown: str, adapters: tuple[str, ...]) -> None:
     """Raise ModelError if the adapter in `folder` is its own base model, or there are too many."""
     if any(os.path.samefile(folder, other) for other in adapters):
         raise ModelError(
@@ -291,7 +291,7 @@ def build_uninitialized_model(
 
     config = read_config(section, cache_dir, task)
     folder = fetch_model(section.path, section.revision, cache_dir, weights=False)
-    source = _source(section, folder)
+    source = model_source(section, folder)
     with loading_errors(source.shown, "structure"):
         model = model_from_config(
             config,

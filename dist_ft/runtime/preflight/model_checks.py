@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +12,6 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import PROMPT_METHODS
 from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ModelError
-from dist_ft.storage import filesystem
 
 
 def task_with_any_labels(config: RunConfig) -> TaskSection:
@@ -44,16 +42,15 @@ def check_model(config: RunConfig, model: ModelSection) -> Iterator[str]:
 
 
 def check_model_files(config: RunConfig, model: ModelSection) -> Iterator[str]:
-    """Raise if files of a local model folder lead out of it, or an adapter's info is damaged."""
-    from dist_ft.pretrained import export_info, weight_files
+    """Raise if files of a local model lead out of its folder, or an adapter's info is damaged."""
+    from dist_ft.model.loading.check_files import check_files
+    from dist_ft.model.loading.load import read_config
 
-    # A folder elsewhere is checked when it is downloaded: weights are not, before a run.
-    if not filesystem.is_local(model.path):
-        return
-    folder = filesystem.local_path(model.path)
-    if os.path.isdir(folder):
-        export_info.read_adapter_info(folder, f"model.path={model.path}")
-        weight_files.weight_files(folder, f"model.path={model.path}")
+    try:
+        read_config(model, config.data.cache_dir, task_with_any_labels(config))
+    except ModelError:
+        return  # `check_model` reports it
+    check_files(model)
     yield from ()
 
 
