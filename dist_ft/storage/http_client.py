@@ -8,6 +8,7 @@ because their retries would multiply with ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 _S3_CONFIG = {
@@ -34,7 +35,8 @@ def client_options(protocol: str, configured: Mapping[str, Any]) -> dict[str, An
     if protocol not in ("s3", "s3a"):
         return {}
 
-    config = {**configured.get("config_kwargs", _S3_CONFIG)}
+    # a copy to its depth: botocore writes into what it is given
+    config = deepcopy(dict(configured.get("config_kwargs", _S3_CONFIG)))
     try:
         from dist_ft.storage.s3_session import SessionWithoutRedirects
     except ImportError:  # opening the bucket says which package is missing

@@ -8,6 +8,7 @@ project, whatever links say, and none is opened that has become another one sinc
 from __future__ import annotations
 
 import errno
+import ntpath
 import os
 import stat
 import subprocess
@@ -104,11 +105,13 @@ def list_files(folder: Path, is_excluded: Callable[[str], bool]) -> Listing:
 
     problems += _add_links(root, links, files)
     for name in files:
-        if "\\" in name or not _is_utf8(name):
+        # a drive letter of Windows, such as "a:" of "a:b.txt"
+        has_drive = bool(ntpath.splitdrive(name)[0])
+        if "\\" in name or has_drive or not _is_utf8(name):
             problems.append(
                 f"--project: {shown(name)}: Ray cannot unpack a file of this name. Allowed: names "
-                f"in UTF-8 without a backslash. Rename it, or exclude it (--exclude). Nothing was "
-                "uploaded."
+                "in UTF-8 without a backslash or a drive letter. Rename it, or exclude it "
+                "(--exclude). Nothing was uploaded."
             )
     return Listing(tuple(files[name] for name in sorted(files)), tuple(problems))
 

@@ -316,11 +316,11 @@ def test_file_that_became_another_one_is_not_opened(project, tmp_path):
 
 
 def test_names_that_ray_cannot_unpack_are_refused(project):
-    write(project, "a\\b.py")
+    write(project, "a\\b.py", "c:d.txt", "sub/e:f.txt")
     with open(os.fsencode(project) + b"/\xff.py", "w") as file:
         file.write("x")
     lines = problems(project)
-    assert len(lines) == 2 and all("Ray cannot unpack a file of this name" in x for x in lines)
+    assert len(lines) == 3 and all("Ray cannot unpack a file of this name" in x for x in lines)
     assert all(line.isprintable() for line in lines)
 
 
