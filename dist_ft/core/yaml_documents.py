@@ -174,6 +174,27 @@ def parse_yaml(text: str, bounds: Bounds = CONFIG) -> ParsedYaml:
         loader.dispose()
 
 
+class _TaglessDumper(yaml.SafeDumper):
+    """Quotes texts with "<", so that it can be escaped."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    style = '"' if "<" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_TaglessDumper.add_representer(str, _represent_text)
+
+
+def dump_without_tags(value: Any) -> str:
+    """Return `value` as YAML without "<", so that no reader of a report takes a text for HTML."""
+    text: str = yaml.dump(
+        value, Dumper=_TaglessDumper, sort_keys=False, allow_unicode=True, width=110
+    )
+    # Only quoted texts have it, where YAML reads the escape as the same character.
+    return text.rstrip().replace("<", "\\x3C")
+
+
 def where(error: Exception) -> str:
     """Return 'line N: ' of a YAML error, or nothing."""
     mark = getattr(error, "problem_mark", None)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from dist_ft.checkpoint.export import INFO_FILE
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.task_facts import TASKS, task_class
+from dist_ft.core import yaml_documents
 from dist_ft.core.logs import redact
 from dist_ft.core.printable import markdown_block, markdown_text
 from dist_ft.runs.run_facts import facts, stored_config
@@ -86,7 +87,7 @@ def render(
     lines += ["## Limits", "", *_limits(about, task), ""]
 
     public_config = {name: config[name] for name in config if name not in HIDDEN_SECTIONS}
-    config_text = _yaml(_without_paths(public_config))
+    config_text = yaml_documents.dump_without_tags(_without_paths(public_config))
     lines += ["## Config", "", *markdown_block(config_text, "yaml"), ""]
 
     # Once more over the finished text: a card is published, and its parts come from several files.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import NamedTuple
 
+from dist_ft.core import yaml_documents
 from dist_ft.core.printable import markdown_block, markdown_code, markdown_text, printable
 from dist_ft.runs.report import EvaluationTables, Report
 
@@ -118,8 +119,17 @@ def to_markdown(report: Report) -> str:
     lines += [f"- {name}: {_cell(value)}" for name, value in report["facts"].items()]
     lines += ["", "## Attempts and time", ""]
     lines += [f"- {markdown_text(line)}" for line in [*report["attempts"], *report["time"]]]
-    lines += ["", "## Config", "", *markdown_block(report["config"], "yaml"), ""]
+    lines += ["", "## Config", "", *markdown_block(_config_text(report), "yaml"), ""]
     return "\n".join(lines)
+
+
+def _config_text(report: Report) -> str:
+    """Return the config as it was stored, or, if it has tags, as YAML that escapes them."""
+    text = report["config"]
+    if "<" not in text:
+        return text
+    (config,) = yaml_documents.parse_yaml(text, yaml_documents.STORED).values
+    return yaml_documents.dump_without_tags(config)
 
 
 def _metrics_markdown(report: Report) -> list[str]:

@@ -112,3 +112,16 @@ def test_bounds_hold_within_the_time_of_a_command() -> None:
     assert len(parse_yaml(text).values[0]) == CONFIG.num_values // 2 - 2
     assert time.monotonic() - started < 10
     assert yaml_documents.where(ValueError()) == ""
+
+
+def test_yaml_for_reports_has_no_tag_and_the_same_value() -> None:
+    value = {
+        "name": "<script>alert(1)</script>",
+        "<b>": ["a < b", "\\x3C", 'quoted "<"', "plain", 1, None],
+        "long": "<i> " + "word " * 60,
+        "lines": "a\n<b>\n",
+    }
+    text = yaml_documents.dump_without_tags(value)
+    assert "<" not in text
+    assert parse_yaml(text).values == [value]
+    assert "plain" in text and '"plain"' not in text
