@@ -29,8 +29,8 @@ log = logging.getLogger("dist_ft.ray")
 WINDOW_S = 24 * 3600.0
 """Failures before this time do not count: nodes get repaired."""
 RETURN_SHARE = 0.5
-"""If no worker runs for this share of cluster.start_timeout_s, after which the driver gives up, nodes
-that were left out are used again."""
+"""If no worker runs for this share of cluster.start_timeout_s, nodes that were left out are used
+again; after all of it the driver gives up."""
 
 
 def capacities_without(
