@@ -28,8 +28,9 @@ from dist_ft.runtime.ray_backend.placement import (
 log = logging.getLogger("dist_ft.ray")
 WINDOW_S = 24 * 3600.0
 """Failures before this time do not count: nodes get repaired."""
-RETURN_S = 60.0
-"""If no worker runs for this long, nodes that were left out are used again."""
+RETURN_SHARE = 0.5
+"""If no worker runs for this share of cluster.start_timeout_s, nodes that were left out are used
+again; after all of it the driver gives up."""
 
 
 def capacities_without(
@@ -140,9 +141,10 @@ class NodeExclusion:
             self._decide()
 
         # The others may be busy, or lost since then.
+        limit_s = RETURN_SHARE * self._config.cluster.start_timeout_s
         since_s = time.monotonic() - self._left_out_at_s
-        is_waiting = silent_s is None or silent_s > RETURN_S
-        if self._left_out and is_waiting and since_s > RETURN_S:
+        is_waiting = silent_s is None or silent_s > limit_s
+        if self._left_out and is_waiting and since_s > limit_s:
             log.warning(
                 "no worker could be placed for %.0f s: %s is used again",
                 since_s if silent_s is None else silent_s,

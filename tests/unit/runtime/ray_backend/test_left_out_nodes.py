@@ -14,7 +14,6 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.runtime.elastic.node_failures import NodeFailure
 from dist_ft.runtime.ray_backend import left_out_nodes
 from dist_ft.runtime.ray_backend.left_out_nodes import (
-    RETURN_S,
     WINDOW_S,
     NodeExclusion,
     choose_left_out,
@@ -170,12 +169,12 @@ def test_nodes_are_used_again_if_no_worker_can_be_placed(
     monkeypatch.setattr(left_out_nodes.time, "monotonic", lambda: now)
     exclusion = Exclusion(Ray(A, B, C), config(exclude_node_after=1))
     exclusion.fail(NAME_A)
-    now += RETURN_S + 1
+    now += 151  # half of start_timeout_s
     exclusion.target.check([], silent_s=1.0)
     assert exclusion.reported == [[NAME_A]], "workers run"
-    exclusion.target.check([], silent_s=RETURN_S + 1)
+    exclusion.target.check([], silent_s=151.0)
     assert exclusion.reported == [[NAME_A], []]
-    assert lines()[-1] == "no worker could be placed for 61 s: host/a1a1a1a1 is used again"
+    assert lines()[-1] == "no worker could be placed for 151 s: host/a1a1a1a1 is used again"
 
 
 def test_failures_are_read_from_the_records_of_attempts() -> None:
