@@ -4,7 +4,7 @@
     result = train(config)
     export(config, "out/")
 
-A thin layer over the packages below it: it checks arguments and chooses where a run trains.
+A thin layer: it checks arguments and chooses where a run trains.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dist_ft.config.credentials import credential_problems, require_no_credentials
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
@@ -41,7 +42,7 @@ def check(config: RunConfig) -> list[str]:
     """Return one line for each problem of the run that can be found before it starts."""
     from dist_ft.runtime.preflight import check_run
 
-    return check_run.check(config)
+    return [*credential_problems(config), *check_run.check(config)]
 
 
 def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) -> str:
@@ -156,6 +157,7 @@ def train(
     """
     from dist_ft.training.callbacks import CallbackList
 
+    require_no_credentials(config, f"run {config.run.name!r}")
     started_by_torchrun = "RANK" in os.environ
     in_this_process = config.max_workers == 0 or started_by_torchrun
     if callbacks and not in_this_process:
@@ -168,14 +170,13 @@ def train(
             f"run {config.run.name!r}",
         )
 
-    # Rank 0 only: the others would do the same work and report the same problems.
+    # Rank 0 only: the others would report the same problems.
     callback_list = CallbackList(callbacks)
     if not skip_check and os.environ.get("RANK", "0") == "0":
         problems = check(config)
         if problems:
             raise ConfigError(problems, f"run {config.run.name!r}")
 
-    # Each branch imports its own backend: training in this process works without Ray.
     if in_this_process:
         from dist_ft.runtime import local
         from dist_ft.training.run_context import RunContext
@@ -309,7 +310,6 @@ def predict(
             "predict",
         )
 
-    # Workers finish in any order, but the rows of one file must be in the order of the input.
     if out.endswith(".jsonl") and (workers or suffix != "jsonl"):
         raise ConfigError(
             [

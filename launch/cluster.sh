@@ -36,7 +36,7 @@ launch() {
             descriptor="${descriptor##*/}"
             if [ "$descriptor" -gt 2 ] && [ "$descriptor" -ne 255 ]; then eval "exec $descriptor>&-"; fi
         done
-        exec setsid ray start --block --disable-usage-stats --object-store-memory "$OBJECT_STORE_BYTES" "$@"
+        exec setsid python "$ROOT/launch/ray_on_loopback.py" start --block --disable-usage-stats --object-store-memory "$OBJECT_STORE_BYTES" "$@"
     ) >"$FOLDER/$name.log" 2>&1 </dev/null &
     echo "$! $(started_at $!)" >"$FOLDER/$name.pid"
 }
@@ -70,6 +70,8 @@ start() {
     fi
     command -v ray >/dev/null || fail "ray: not found; activate the environment (source $VENV/bin/activate)"
     umask 077
+    # Its default name is known to all users of the machine: another one may have made a link of that name.
+    [ ! -L "$FOLDER" ] || fail "$FOLDER: a link. Set DIST_FT_CLUSTER to the folder itself."
     mkdir -p "$FOLDER"
     [ -O "$FOLDER" ] || fail "$FOLDER: owned by another user. Set DIST_FT_CLUSTER to your own folder."
     chmod 700 "$FOLDER"
@@ -94,6 +96,7 @@ environment() {
     printf 'export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=%q RAY_API_SERVER_ADDRESS=http://127.0.0.1:%s\n' \
         "$FOLDER/token" "$PORT"
     printf 'unset RAY_AUTH_TOKEN RAY_ADDRESS\n' # they would take precedence
+    printf 'export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0\n' # Ray takes 127.0.0.1 as it is, see ray_on_loopback.py
 }
 
 stop() {

@@ -63,6 +63,7 @@ class FaultyProxy:
         self.requests: list[tuple[str, str, str | None]] = []
         self.num_faults = 0
         self.bytes_per_s: float | None = None
+        self.dropped_headers: tuple[str, ...] = ()  # lower case; the store does not get them
         self._free_at, self._lock = 0.0, threading.Lock()
         self._upstream = upstream_port
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -119,9 +120,12 @@ class FaultyProxy:
     def _forward(self, request: BaseHTTPRequestHandler, body: bytes) -> Answer:
         upstream = http.client.HTTPConnection("127.0.0.1", self._upstream, timeout=60)
         try:
-            upstream.request(
-                request.command, request.path, body or None, dict(request.headers.items())
-            )
+            sent = {
+                key: value
+                for key, value in request.headers.items()
+                if key.lower() not in self.dropped_headers
+            }
+            upstream.request(request.command, request.path, body or None, sent)
             answer = upstream.getresponse()
             content = answer.read()
             headers = {

@@ -5,18 +5,16 @@ A record that is missing or damaged leaves its values unknown; it is no error.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from dist_ft.checkpoint import discovery
-from dist_ft.core.errors import StorageError
+from dist_ft.checkpoint.attempts import ATTEMPTS, TIME
+from dist_ft.core.errors import DocumentError, StorageError
+from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
 
-TIMES = "time"
-"""Folder with the time of each attempt, which `training.time_ledger` writes."""
 MAX_NUMBER = 1e12
 """Larger seconds and counts in a record are taken for damage."""
 
@@ -49,15 +47,15 @@ def read_attempts(store: Store, num_latest: int | None = None) -> list[AttemptRe
     Raises:
         StorageError: storage cannot be listed.
     """
-    numbers = sorted({*_numbers(store, discovery.ATTEMPTS), *_numbers(store, TIMES)})
+    numbers = sorted({*_numbers(store, ATTEMPTS), *_numbers(store, TIME)})
     if num_latest is not None:
         numbers = numbers[-num_latest:]
     return [_read_attempt(store, number) for number in numbers]
 
 
 def _read_attempt(store: Store, number: int) -> AttemptRecord:
-    record = _read_object(store, f"{discovery.ATTEMPTS}/{number:06d}.json")
-    times = _read_object(store, f"{TIMES}/{number:06d}.json")
+    record = _read_object(store, f"{ATTEMPTS}/{number:06d}.json")
+    times = _read_object(store, f"{TIME}/{number:06d}.json")
 
     seconds = times.get("seconds")
     spent_s = 0.0
@@ -95,10 +93,9 @@ def _numbers(store: Store, folder: str) -> list[int]:
 def _read_object(store: Store, path: str) -> Mapping[str, Any]:
     """Return the JSON object in a file; {} if it is missing or damaged."""
     try:
-        value = json.loads(store.read(path))
-    except (StorageError, ValueError, RecursionError):
+        return read_json_object(store, path)
+    except (DocumentError, StorageError):
         return {}
-    return value if isinstance(value, Mapping) else {}
 
 
 def _number(value: Any) -> float:

@@ -20,10 +20,12 @@ import numpy as np
 
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.attempts import LEDGER, Fence
 from dist_ft.checkpoint.ledger import write_segment
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest
 from dist_ft.checkpoint.save_status import LostSharedError, SaveInProgress
+from dist_ft.checkpoint.stored_files import StoredFiles
 from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
@@ -51,7 +53,11 @@ class WrittenFiles:
 
 
 class Committer:
-    """Commits the checkpoints of one attempt at the run at `store`, by `num_workers` workers."""
+    """Commits the checkpoints of one attempt at the run at `store`, by `num_workers` workers.
+
+    Attributes:
+        stored_files: what the run stores next to its checkpoints.
+    """
 
     def __init__(
         self,
@@ -67,11 +73,42 @@ class Committer:
         self._num_workers = num_workers
         self._attempt = attempt
         self._local = local
+        self._fence = Fence(store, attempt)
+        self.stored_files = StoredFiles(store)
         self._ledger: tuple[LedgerEntry, ...] = ()
         self._shared: tuple[FileEntry, ...] = ()
         # A ledger segment that only a local checkpoint names.
         self._local_only_segment: str | None = None
         self._start_step: int | None = None
+        # Name of the last checkpoint that this attempt committed in storage.
+        self._latest = ""
+        self._warned_of_ledger = False
+
+    def start(self, is_new: bool) -> None:
+        """Get to know the run; `is_new`: no checkpoint of it was found.
+
+        Raises:
+            CheckpointError: it had checkpoints, and must not start over by itself.
+        """
+        self._fence.remember_record()
+
+        # Local checkpoints may all be lost with their nodes, which is no reason to stop.
+        if is_new and self._local is None:
+            discovery.require_not_emptied(self._store)
+
+    def require_folder(self) -> None:
+        """Raise CheckpointError if what this attempt stored was removed meanwhile."""
+        try:
+            self._fence.require_folder()
+            latest = f"{Tier.STORAGE.value}/{self._latest}"
+            if self._latest and not self._store.exists(f"{latest}/{manifests.NAME}"):
+                raise CheckpointError(
+                    f"{self._store.redacted_url(latest)}: the checkpoint was committed and has "
+                    "been removed since, not by this run. Restore it from a copy, or run the same "
+                    "command again to repeat the steps since the checkpoint before."
+                )
+        except StorageError as error:
+            log.warning("whether the run's folder is whole cannot be checked: %s", error)
 
     def continue_from(self, manifest: Manifest | None) -> None:
         """Use a checkpoint as the end of the history that this attempt continues.
@@ -101,10 +138,8 @@ class Committer:
         local = self._local if request.tier is Tier.LOCAL else None
         tier = Tier.STORAGE if local is None else Tier.LOCAL
 
-        # `wait` raises no error of the task, which logs its own: metrics that cannot be written do
-        # not cost the checkpoint.
-        if request.commit_after is not None:
-            wait([request.commit_after])
+        folder = self._store.child(f"{tier.value}/{save.name}")
+        self._prepare(save, folder)
 
         files = written.files
         if save.shared is None:
@@ -129,7 +164,7 @@ class Committer:
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions={name: version(name) for name in RECORDED_PACKAGES},
         )
-        self._write_manifest(self._store.child(f"{tier.value}/{save.name}"), manifest)
+        self._write_manifest(folder, manifest)
 
         self._shared = tuple(item for item in files if item.shared)
 
@@ -137,6 +172,7 @@ class Committer:
         # leave something to resume from.
         if local is None:
             self._ledger = ledger
+            self._latest = save.name
             retention.remove_unretained(
                 self._store, self._section, self._attempt, self._start_step, save.name
             )
@@ -149,6 +185,18 @@ class Committer:
         self._local_only_segment = None
         if local is not None and ledger != self._ledger:
             self._local_only_segment = ledger[-1].file.path
+
+    def _prepare(self, save: SaveInProgress, folder: Store) -> None:
+        """Wait for what is stored before a checkpoint, and check that it may be committed."""
+        # `wait` raises no error of the task, which logs its own: metrics that cannot be written do
+        # not cost the checkpoint.
+        if save.request.commit_after is not None:
+            wait([save.request.commit_after])
+
+        # Before anything is written: an attempt that was replaced, or whose run was removed, must
+        # not leave a segment that looks like one of a committed history.
+        self._fence.require_current(folder.redacted_url())
+        self.stored_files.restore()
 
     def remove_local_checkpoints(self, keep: str, ledger: tuple[LedgerEntry, ...] = ()) -> None:
         """Remove the manifests of local checkpoints except `keep`.
@@ -173,6 +221,8 @@ class Committer:
         if self._ledger:
             start = self._ledger[-1].stop
 
+        self._warn_of_lost_segments()
+
         # No step since the last checkpoint in storage, so there are no rows either.
         if step == start:
             return self._ledger
@@ -180,17 +230,33 @@ class Committer:
         segment = write_segment(self._store, start, step, self._attempt, rows_by_worker)
         return (*self._ledger, segment)
 
+    def _warn_of_lost_segments(self) -> None:
+        """Log once that the history up to now cannot be proved any more."""
+        if self._warned_of_ledger or not self._ledger:
+            return
+
+        names = set(self._store.list(LEDGER))
+        for segment in self._ledger:
+            if segment.file.path.rpartition("/")[2] not in names:
+                self._warned_of_ledger = True
+                log.warning(
+                    "%s is missing: training is not affected, but `dist-ft data verify` cannot "
+                    "prove the history any more. Restore the file from a copy",
+                    self._store.redacted_url(segment.file.path),
+                )
+                return
+
     def _write_manifest(self, folder: Store, manifest: Manifest) -> None:
         """Write the manifest, unless a newer attempt has started."""
         fault_injection.hit("checkpoint.before_manifest")
-        self._require_current_attempt(folder)
+        self._fence.require_latest_record(folder.redacted_url())
         self._require_written(folder, manifest)
         folder.write(manifests.NAME, manifests.serialize_manifest(manifest))
 
-        # Again, as the write may have taken long: a newer attempt that started meanwhile may have
+        # Again, as the writes may have taken long: a newer attempt that started meanwhile may have
         # chosen its checkpoint without seeing this one.
         try:
-            self._require_current_attempt(folder)
+            self._fence.require_current(folder.redacted_url())
         except CheckpointError:
             folder.remove(manifests.NAME)
             raise
@@ -227,12 +293,4 @@ class Committer:
             raise error(
                 f"{folder.redacted_url(item.path)}: has {num_bytes} bytes, but {item.num_bytes} "
                 "were written; the storage lost data; the checkpoint is not committed"
-            )
-
-    def _require_current_attempt(self, folder: Store) -> None:
-        latest = discovery.latest_attempt(self._store)
-        if latest > self._attempt:
-            raise CheckpointError(
-                f"{folder.redacted_url()}: attempt {self._attempt} must not commit, attempt "
-                f"{latest} has taken over the run; this process ends"
             )

@@ -1,36 +1,64 @@
-"""Finds the checkpoints and attempts of a run in its storage.
+"""Finds the checkpoints of a run in its storage.
 
 A checkpoint whose files do not match its manifest is skipped in favor of the one before, and the
-reason is logged. Attempts are numbered by files that are created exclusively; nothing else is
-written.
+reason is logged. Nothing is written.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
+from functools import partial
 from typing import NamedTuple
 
+from dist_ft.checkpoint import attempts
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.attempts import (
+    ATTEMPTS,
+    FROZEN,
+    latest_attempt,
+    num_failures,
+    start_attempt,
+)
 from dist_ft.checkpoint.checked_reads import ByteRange, CheckedFiles
 from dist_ft.checkpoint.fragments import MAX_REQUEST_BYTES, FragmentReader, gather_index
 from dist_ft.checkpoint.manifest import DamagedError, FileEntry, Manifest
 from dist_ft.checkpoint.tier import Tier
-from dist_ft.core.errors import PLANNED, CheckpointError, DistFtError, StorageError
-from dist_ft.core.logs import redact
+from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.storage.documents import MAX_LARGE_BYTES, read_json_object
+from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.filesystem import Store
 
 log = logging.getLogger("dist_ft.checkpoint")
 FOLDER = Tier.STORAGE.value
 LOCAL_FOLDER = Tier.LOCAL.value
-ATTEMPTS = "attempts"
-FROZEN = "frozen"
-"""Folder of a run with the files of frozen weights, which checkpoints share."""
+
+__all__ = [
+    "ATTEMPTS",
+    "FOLDER",
+    "FROZEN",
+    "LOCAL_FOLDER",
+    "CheckResult",
+    "CheckpointOrder",
+    "check_on_all_ranks",
+    "checkpoint_store",
+    "find_latest",
+    "latest_attempt",
+    "list_committed",
+    "load_manifest",
+    "num_failures",
+    "open_reader",
+    "open_reader_together",
+    "require_complete",
+    "require_files",
+    "require_not_emptied",
+    "require_shared_files",
+    "sort_key",
+    "start_attempt",
+    "verify_checksums",
+]
 
 
 class CheckResult(NamedTuple):
@@ -83,7 +111,9 @@ def find_latest(
     # Listed by one rank: two listings may differ, and then ranks would check different checkpoints
     # and wait for each other.
     names = on_rank0(world, collectives, lambda: list_committed(store))
-    if upto:
+    if upto in names:
+        names = names[names.index(upto) :]
+    elif upto:
         last_key = sort_key(upto)
         names = [name for name in names if sort_key(name) <= last_key]
 
@@ -91,6 +121,9 @@ def find_latest(
     for name in names:
         manifest, problem = check_on_all_ranks(store, name, world, collectives, check)
         if not problem:
+            # A skipped checkpoint has been logged with the reason; the latest may have vanished.
+            if name == names[0]:
+                on_rank0(world, collectives, partial(_warn_of_lost_checkpoint, store, name))
             return manifest
 
         if world.rank == 0:
@@ -149,7 +182,86 @@ def list_committed(store: Store, tier: Tier = Tier.STORAGE) -> list[str]:
     """Return the names of all checkpoints of `tier` that have a manifest, latest first."""
     names = [name for name in store.list(tier.value) if manifests.parse_folder(name)]
     names.sort(key=sort_key, reverse=True)
-    return [name for name in names if store.exists(_manifest_path(name, tier))]
+    names = [name for name in names if store.exists(_manifest_path(name, tier))]
+    return _latest_history_first(store, names, tier)
+
+
+def _latest_history_first(store: Store, names: list[str], tier: Tier) -> list[str]:
+    """Return sorted names of checkpoints, with those first that continue one of a later attempt.
+
+    Version 0.1.0 numbered attempts from 1 again when a run had lost its folder of attempts, so that
+    a later checkpoint may carry a lower number. Its ledger shows it: it names a segment that a
+    later attempt wrote, which a checkpoint of an older attempt cannot.
+    """
+    keys = {name: sort_key(name) for name in names}
+    for name in _out_of_order(names):
+        try:
+            manifest = load_manifest(store, name, tier)
+        except CheckpointError:
+            continue  # whoever loads it reports why it cannot be read
+
+        attempt = max(keys[name].attempt, _last_writer(manifest))
+        keys[name] = CheckpointOrder(attempt, keys[name].step)
+    return sorted(names, key=lambda name: keys[name], reverse=True)
+
+
+def _out_of_order(names: list[str]) -> list[str]:
+    """Return the checkpoints of a later step than some checkpoint of a later attempt.
+
+    Args:
+        names: sorted, latest first.
+    """
+    # Usually there are none, and no manifest has to be read.
+    found = []
+    first_step = math.inf  # of the attempts after the one at hand
+    first_step_of_attempt = math.inf
+    attempt = -1
+    for name in names:
+        key = sort_key(name)
+        if key.attempt != attempt:
+            first_step = min(first_step, first_step_of_attempt)
+            first_step_of_attempt = math.inf
+            attempt = key.attempt
+
+        if key.step > first_step:
+            found.append(name)
+        first_step_of_attempt = min(first_step_of_attempt, key.step)
+    return found
+
+
+def _last_writer(manifest: Manifest) -> int:
+    """Return the highest attempt that wrote a segment of the checkpoint's history."""
+    paths = [segment.file.path for segment in manifest.ledger]
+    return max(
+        (attempts.number_in_name(attempts.LEDGER, path.rpartition("/")[2]) for path in paths),
+        default=0,
+    )
+
+
+def _warn_of_lost_checkpoint(store: Store, name: str) -> None:
+    """Log it if a later checkpoint than `name`, the latest there is, was committed."""
+    lost_step = attempts.committed_step(store, sort_key(name).attempt)
+    if lost_step > sort_key(name).step:
+        log.warning(
+            "the checkpoint of step %d was committed and is missing; the latest there is, of step "
+            "%d, is used",
+            lost_step,
+            sort_key(name).step,
+        )
+
+
+def require_not_emptied(store: Store) -> None:
+    """Raise CheckpointError if a run without any checkpoint had one (rank 0 only).
+
+    It must not start over by itself.
+    """
+    step = attempts.committed_step(store)
+    if step:
+        raise CheckpointError(
+            f"{store.redacted_url(FOLDER)}: holds no checkpoint, but one of step {step} was "
+            "committed. Restore the folder from a copy, or move the run's folder away to start "
+            "again."
+        )
 
 
 def sort_key(name: str) -> CheckpointOrder:
@@ -267,58 +379,3 @@ def open_reader_together(
     """
     files = _checked_files(store, manifest)
     return FragmentReader(files, gather_index(files, world, collectives))
-
-
-def latest_attempt(store: Store) -> int:
-    """Return the highest attempt number of the run; 0 before the first."""
-    latest = 0
-    for name in store.list(ATTEMPTS):
-        number = name.removesuffix(".json")
-        # Users may leave other files here. isdigit alone accepts digits that int rejects ("²").
-        if number.isascii() and number.isdigit():
-            latest = max(latest, int(number))
-    return latest
-
-
-def start_attempt(store: Store, num_ranks: int, previous_end: str = "") -> int:
-    """Reserve the next attempt number of the run for all ranks (call on rank 0 only).
-
-    Args:
-        store: the run's folder.
-        num_ranks: ranks of the new attempt.
-        previous_end: why the previous attempt ended, if known. An unplanned end counts as a
-            failure.
-    """
-    number = latest_attempt(store)
-    is_failure = bool(previous_end) and not previous_end.startswith(PLANNED)
-    failures = num_failures(store, number) + is_failure
-    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-    # Another process may take a number between the listing and this call. Numbers may be left out,
-    # but never be used twice.
-    while True:
-        number += 1
-        record = {
-            "attempt": number,
-            "world_size": num_ranks,
-            "started_at": started,
-            "failures": failures,
-        }
-        if previous_end:
-            record["after"] = redact(previous_end)
-
-        if store.create(f"{ATTEMPTS}/{number:06d}.json", json.dumps(record).encode()):
-            return number
-
-
-def num_failures(store: Store, attempt: int) -> int:
-    """Return how many attempts before `attempt` ended in a failure that was noticed."""
-    if not attempt:
-        return 0
-
-    # The count only tunes the save interval, so a lost record is no error.
-    try:
-        record = read_json_object(store, f"{ATTEMPTS}/{attempt:06d}.json")
-        return int(record.get("failures", 0))
-    except (StorageError, ValueError, TypeError, OverflowError):
-        return 0

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.manifest import Manifest
+from dist_ft.checkpoint.stored_files import require_stored_files
 from dist_ft.checkpoint.trained_model import (
-    find_best_step,
+    find_best,
     find_manifest,
     load_checkpoint_model,
     load_task,
@@ -29,7 +30,9 @@ from dist_ft.checkpoint.trained_model import (
 from dist_ft.config.load import load_stored_section, read_stored_config
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS
+from dist_ft.core import scratch
 from dist_ft.core.errors import CheckpointError
+from dist_ft.core.world import World
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
 from dist_ft.model.loading.load import extra_model_kwargs, model_from_config, probe_outputs
@@ -107,15 +110,17 @@ def export_run(
     _require_free(target, out)
 
     store = Store(run_url)
-    step = options.step
     if options.best:
-        step = find_best_step(store)
-    manifest = find_manifest(store, step)
+        manifest = find_best(store)
+        discovery.verify_checksums(store, manifest, World())
+    else:
+        manifest = find_manifest(store, options.step)
+    require_stored_files(store)
 
     # Next to the target, so that the move at the end is a rename: no reader sees half a folder.
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as temporary:
-        folder = Path(temporary) / "model"
+    with scratch.folder_next_to(target, "export") as temporary:
+        folder = temporary / "model"
         if options.adapter:
             _save_adapter(store, manifest, folder, options.average)
         else:

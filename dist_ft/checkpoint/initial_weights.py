@@ -19,16 +19,18 @@ from pathlib import Path
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.export import ExportOptions, export_run
-from dist_ft.checkpoint.trained_model import MODEL_FOLDER, find_best_step
+from dist_ft.checkpoint.stored_files import MODEL_FOLDER, find_lost_model_file
+from dist_ft.checkpoint.trained_model import find_best_step
 from dist_ft.config.load import STORED
 from dist_ft.config.schema import ModelSection, RunConfig
 from dist_ft.core.errors import CheckpointError, ModelError, StorageError
-from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.model.loading.download import cache_folder
-from dist_ft.storage.documents import MAX_BYTES, MAX_LARGE_BYTES, read_json_object
+from dist_ft.model.loading.download import cache_folder, create_in_cache
+from dist_ft.storage import local_files
+from dist_ft.storage.documents import MAX_BYTES, MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
+from dist_ft.storage.stored_json import read_stored_json
 
 log = logging.getLogger("dist_ft.run")
 INITIAL_CHECKPOINT = "began.json"
@@ -37,7 +39,9 @@ INITIAL_CHECKPOINT = "began.json"
 
 def is_run(path: str) -> bool:
     """Whether `path` is the folder of a run, not a hub name or a model folder."""
-    return Store(path).exists(STORED)
+    store = Store(path)
+    # Also without its config, so that it is refused as a run that lost it, not as another folder.
+    return store.exists(STORED) or bool(discovery.list_committed(store))
 
 
 def resolve_initial_model(
@@ -87,7 +91,11 @@ def resolve_for_inspection(config: RunConfig) -> ModelSection:
 def _has_own_model(config: RunConfig, store: Store) -> bool:
     """Whether a run that started from another run, or grew its head, has a checkpoint."""
     changed_model = config.task.grow_head or store.exists(INITIAL_CHECKPOINT)
-    return changed_model and bool(discovery.list_committed(store))
+    if not changed_model or not discovery.list_committed(store):
+        return False
+
+    # Should its model's folder be lost, the model is derived again as on the first start.
+    return not find_lost_model_file(store)
 
 
 def resolve_model_section(
@@ -132,7 +140,6 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     The first process of a node exports it; the others wait.
     """
     import xxhash
-    from filelock import FileLock
 
     store = Store(url)
     name = _find_checkpoint(store, step)
@@ -148,8 +155,7 @@ def export_to_cache(url: str, step: int, cache_dir: str | None = None) -> str:
     manifest = store.read_at_most(path, MAX_LARGE_BYTES)
     digest = xxhash.xxh3_128_hexdigest(store.url.encode() + manifest)
     folder = _models_folder(cache_dir) / f"run-{digest}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with local_files.locked(f"{folder}.lock"):
         # An export appears whole or not at all, so a folder that exists is complete.
         if not folder.exists():
             export_run(url, str(folder), ExportOptions(step=step))
@@ -168,7 +174,6 @@ def _find_checkpoint(store: Store, step: int) -> str | None:
 def download_description(url: str, cache_dir: str | None = None) -> str:
     """Return a local folder with config and tokenizer of the run at `url`, without weights."""
     import xxhash
-    from filelock import FileLock
 
     store = Store(url).child(MODEL_FOLDER)
     if not store.exists("config.json"):
@@ -182,8 +187,8 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
     folder = _models_folder(cache_dir) / f"described-{digest}"
     # Unlike an export, a download may stop half-way. This file is written at its end.
     is_complete = folder / ".described"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    create_in_cache(folder)
+    with local_files.locked(f"{folder}.lock"):
         if not is_complete.exists():
             store.download(str(folder))
             is_complete.touch()
@@ -191,18 +196,29 @@ def download_description(url: str, cache_dir: str | None = None) -> str:
 
 
 def _models_folder(cache_dir: str | None) -> Path:
-    return cache_folder(cache_dir) / "models"
+    return cache_folder(cache_dir, "models")
 
 
 def _choose_step(section: ModelSection, store: Store) -> int:
     """Return the step that this run starts from, as recorded at its first start (rank 0 only)."""
     if store.exists(INITIAL_CHECKPOINT):
-        with interpreting(store.redacted_url(INITIAL_CHECKPOINT)):
-            return int(read_json_object(store, INITIAL_CHECKPOINT)["step"])
+        return _recorded_step(store)
 
     step = latest_step(section.path, section.checkpoint)
     record = {"run": redact(section.path), "step": step}
     store.write(INITIAL_CHECKPOINT, json.dumps(record).encode())
+    return step
+
+
+def _recorded_step(store: Store) -> int:
+    remedy = "Restore it from a copy, or move the run's folder away to start again."
+    record = read_stored_json(store, INITIAL_CHECKPOINT, dict, remedy)
+    step = record.get("step")
+    if not isinstance(step, int):
+        raise CheckpointError(
+            f"{store.redacted_url(INITIAL_CHECKPOINT)}: the file is damaged (it holds no step). "
+            f"{remedy}"
+        )
     return step
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dist_ft.checkpoint import attempts
 from dist_ft.checkpoint.manifest import LedgerEntry, Manifest, compute_checksum, file_entry
 from dist_ft.core.errors import CheckpointError
 from dist_ft.data.batch import Batch
@@ -20,7 +21,7 @@ from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
-FOLDER = "ledger"
+FOLDER = attempts.LEDGER
 DELTA_COLUMNS = ("step", "sample")
 """Columns stored as the difference to the row before."""
 MAX_BYTES = 2**32
@@ -93,25 +94,14 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
     segments = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
     next_step = 0
     for segment in manifest.ledger:
-        where = store.redacted_url(segment.file.path)
-        content = store.read_at_most(segment.file.path, MAX_LARGE_BYTES)
-        is_intact = (
-            len(content) == segment.file.num_bytes
-            and compute_checksum(content) == segment.file.checksum
-        )
-        if not is_intact:
-            raise CheckpointError(
-                f"{where}: altered since it was written. The history of steps {segment.start} to "
-                f"{segment.stop} cannot be verified. Restore the file from a copy."
-            )
-
+        rows = read_segment(store, segment)
         if segment.start != next_step:
             raise CheckpointError(
-                f"{where}: starts at step {segment.start}, expected {next_step}. The history has a "
-                "gap. Restore the ledger from a copy."
+                f"{store.redacted_url(segment.file.path)}: starts at step {segment.start}, "
+                f"expected {next_step}. The history has a gap. Restore the ledger from a copy."
             )
 
-        segments.append(unpack_rows(content, where))
+        segments.append(rows)
         next_step = segment.stop
 
     if next_step != manifest.progress.step:
@@ -120,6 +110,27 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
             f"{manifest.progress.step}. The history has a gap. Restore the ledger from a copy."
         )
     return np.concatenate(segments)
+
+
+def read_segment(store: Store, segment: LedgerEntry) -> np.ndarray:
+    """Return the rows (N, 6) of one segment.
+
+    Raises:
+        StorageError: it is missing, or the storage does not respond.
+        CheckpointError: it is damaged.
+    """
+    where = store.redacted_url(segment.file.path)
+    content = store.read_at_most(segment.file.path, MAX_LARGE_BYTES)
+    is_intact = (
+        len(content) == segment.file.num_bytes
+        and compute_checksum(content) == segment.file.checksum
+    )
+    if not is_intact:
+        raise CheckpointError(
+            f"{where}: altered since it was written. The history of steps {segment.start} to "
+            f"{segment.stop} cannot be verified. Restore the file from a copy."
+        )
+    return unpack_rows(content, where)
 
 
 def pack_rows(rows: np.ndarray) -> bytes:

@@ -122,6 +122,15 @@ class LocalTier:
         prefix = f"rank-{self.world.rank:05d}-"
         return [item for item in manifest.files if item.shared or item.path.startswith(prefix)]
 
+    def latest_attempt(self) -> int:
+        """Return the highest attempt number of the files on this node; 0 without any."""
+        attempts = [0]
+        for name in self.list_removable():
+            parsed = manifests.parse_folder(name)
+            if parsed is not None:
+                attempts.append(parsed.attempt)
+        return max(attempts)
+
     def checkpoint_folder(self, name: str) -> Store:
         """Return the folder of checkpoint `name` on this node."""
         return self.local.child(name)

@@ -33,11 +33,11 @@ from dist_ft.checkpoint.save_status import (
     run_synchronously,
 )
 from dist_ft.checkpoint.tier import Tier
-from dist_ft.checkpoint.writer import Writer
+from dist_ft.checkpoint.writer import Writer, trained_state
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.engine.base import Engine, StateSlice
+from dist_ft.engine.base import Engine
 from dist_ft.storage.filesystem import Store
 
 
@@ -92,6 +92,7 @@ class CheckpointManager:
                 self._store, self._world, self._collectives, self._require_complete
             )
 
+        on_rank0(self._world, self._collectives, lambda: self._committer.start(latest is None))
         self._continue_from(latest)
         return latest
 
@@ -169,7 +170,7 @@ class CheckpointManager:
         if self._local is not None and is_local:
             loaded = self._local.load(name, load_weights)
 
-        # Never a later checkpoint than the one given. A local one is later than all in storage.
+        # Never a later checkpoint than the given one. A local one is later than all in storage.
         if loaded is None:
             upto = "" if is_local else name
             loaded = discovery.find_latest(
@@ -193,21 +194,30 @@ class CheckpointManager:
         """
         write = run_synchronously(
             lambda folder: self._writer.write(
-                folder, _trained_state(engine), request.tier is Tier.LOCAL
+                folder, trained_state(engine), request.tier is Tier.LOCAL
             )
         )
         return self._finish(self._start(engine, request, write))
 
+    def remember_stored_files(self) -> None:
+        """Copy what the run stores next to its checkpoints, to restore it should it get lost."""
+        if self._world.rank == 0:
+            self._writer.submit(self._committer.stored_files.remember)
+
+    def require_folder(self) -> None:
+        """Raise CheckpointError if the run's folder was removed meanwhile. A collective call."""
+        on_rank0(self._world, self._collectives, self._committer.require_folder)
+
     def prepare(self, engine: Engine) -> None:
         """Allocate the memory that `start_save` copies into."""
-        self._writer.prepare(_trained_state(engine), self._local is not None)
+        self._writer.prepare(trained_state(engine), self._local is not None)
 
     def start_save(self, engine: Engine, request: SaveRequest) -> None:
         """Copy the state and return.
 
         The copy is written in the background. No other save may be in progress.
         """
-        state = _trained_state(engine)
+        state = trained_state(engine)
         is_local = request.tier is Tier.LOCAL
         self._start(engine, request, lambda folder: self._writer.snapshot(folder, state, is_local))
 
@@ -302,8 +312,7 @@ class CheckpointManager:
 
         Then rank 0 starts the commit, or the files are removed if a rank failed.
         """
-        save.agreed = True
-        own_problem = save.problem()
+        save.agreed, own_problem = True, save.problem()
         problems = self._collectives.all_gather(own_problem)
         problem = next((error for error in problems if error is not None), None)
 
@@ -388,8 +397,3 @@ class CheckpointManager:
             if are_removed and save.shared is not None:
                 with contextlib.suppress(StorageError):
                     self._store.remove(f"{discovery.FROZEN}/{save.name}")
-
-
-def _trained_state(engine: Engine) -> list[StateSlice]:
-    """Return the state that every checkpoint contains: all but frozen weights."""
-    return [part for part in engine.state_slices() if part.key != "frozen"]

@@ -14,6 +14,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 from dist_ft.core.errors import CheckpointError
+from dist_ft.core.json_documents import decode_json
 
 FORMAT_VERSION = 2
 """Version 1 has no files shared by several checkpoints; older releases of dist_ft read it too."""
@@ -247,16 +248,28 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         DamagedError: the manifest is truncated, altered or invalid.
         NewerFormatError: it was written by a newer dist_ft.
     """
-    # First of all: nothing else in a file with a wrong checksum can be relied on.
     body, _, ending = content.rpartition(_CHECKSUM_FIELD)
-    if ending != compute_checksum(body + _END).encode() + b'"' + _END:
+    is_intact = ending == compute_checksum(body + _END).encode() + b'"' + _END
+    has_checksum = bool(body) and ending.startswith(_CHECKSUM_PREFIX.encode())
+
+    # What a newer version writes may have other fields, or another checksum, and is not damaged
+    # because of that. The run must not go back to a checkpoint before it.
+    newer = _newer_version(content)
+    if newer and (is_intact or not has_checksum):
+        raise NewerFormatError(
+            f"{where}: format_version={newer} is newer than this dist_ft supports "
+            f"({FORMAT_VERSION}). Update dist_ft."
+        )
+
+    # Before anything else: nothing in a file with a wrong checksum can be relied on.
+    if not is_intact:
         raise DamagedError(
             f"{where}: truncated or altered since it was written (its checksum differs); it will "
             "not be loaded"
         )
 
     try:
-        manifest = Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first: Any = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -264,12 +277,18 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
             f"{where}: not a valid manifest ({location}: {first['msg']}); it will not be loaded"
         ) from error
 
-    if manifest.format_version > FORMAT_VERSION:
-        raise NewerFormatError(
-            f"{where}: format_version={manifest.format_version} is newer than this dist_ft "
-            f"supports ({FORMAT_VERSION}). Update dist_ft."
-        )
-    return manifest
+
+def _newer_version(content: bytes) -> int:
+    """Return the format version of a manifest if it is newer than this dist_ft supports, else 0."""
+    try:
+        document = decode_json(content)
+    except ValueError:
+        return 0
+
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is not int or version <= FORMAT_VERSION:
+        return 0
+    return version
 
 
 class CheckpointName(NamedTuple):

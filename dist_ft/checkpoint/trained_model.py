@@ -6,19 +6,26 @@ Fragments are read tensor by tensor.
 
 from __future__ import annotations
 
-import tempfile
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
-from dist_ft.checkpoint.manifest import Manifest, TensorInfo
+from dist_ft.checkpoint.manifest import DamagedError, Manifest, TensorInfo
+from dist_ft.checkpoint.stored_files import (
+    MODEL_FOLDER,
+    read_labels,
+    read_templates,
+    require_stored_files,
+)
 from dist_ft.config.load import STORED, load_stored_section, read_stored_config
 from dist_ft.config.sections.prompting import PromptingSection, get_model_task
 from dist_ft.config.sections.section import Section
 from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.sections.tuning import ADAPTER_METHODS, MERGEABLE_METHODS, TuningSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.world import Collectives, World
 from dist_ft.metrics import best as best_metric
@@ -26,18 +33,16 @@ from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import model_from_config, probe_outputs
 from dist_ft.pretrained import pretrained_model
 from dist_ft.pretrained.pretrained_model import Source
-from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("dist_ft.checkpoint")
 S = TypeVar("S", bound=Section)
 
 MAX_MERGE_DIFFERENCE = 1e-3
 """Largest change of the logits, relative to the largest logit, by merging an adapter in float32."""
-MODEL_FOLDER = "model"
-"""Folder of a run with the model's config, tokenizer and chat template."""
 
 
 class TrainedModel(NamedTuple):
@@ -101,23 +106,41 @@ def find_manifest(store: Store, step: int | None) -> Manifest:
 
 
 def find_best_step(store: Store) -> int:
-    """Return the step of the best checkpoint by the metric of the run's checkpoint.best_by."""
+    """Return the step of the best checkpoint; see `find_best`."""
+    return find_best(store).progress.step
+
+
+def find_best(store: Store) -> Manifest:
+    """Return the best checkpoint by the metric of the run's checkpoint.best_by.
+
+    Of one step that several attempts evaluated, it is the checkpoint that was evaluated best. Those
+    with a damaged manifest are skipped, and the reason is logged.
+
+    Raises:
+        CheckpointError: no checkpoint was evaluated, or one is of a newer dist_ft.
+    """
     # The config of a run of an older version may lack the section or the field.
     section = read_stored_config(store).get("checkpoint") or {}
     metric = str(section.get("best_by", "loss"))
 
-    history = []
+    evaluated: list[Manifest] = []
     for name in discovery.list_committed(store):
-        manifest = discovery.load_manifest(store, name)
-        if metric in manifest.evaluation:
-            history.append((manifest.progress.step, manifest.evaluation[metric]))
+        try:
+            manifest = discovery.load_manifest(store, name)
+        except DamagedError as error:
+            log.warning("checkpoint %s is skipped: %s", name, error)
+            continue
 
-    if not history:
+        if metric in manifest.evaluation:
+            evaluated.append(manifest)
+
+    if not evaluated:
         raise CheckpointError(
             f"--best: no checkpoint of {store.redacted_url()} was evaluated by {metric}. --best "
             "requires evaluation.every_steps and checkpoint.keep_best. Export without --best."
         )
-    return best_metric.find_best(metric, history).step
+    # Of equal ones the first, which is the latest.
+    return min(evaluated, key=lambda item: best_metric.sort_key(metric, item.evaluation[metric]))
 
 
 def load_trained_model(
@@ -209,13 +232,11 @@ def load_task_settings(store: Store) -> TaskSettings:
         return TaskSettings(task, prompting)
 
     # From the config if it names them, else those that the run found in its data.
-    labels = (
-        task.labels or tuple(prompting.verbalizers) or read_json_texts(store, "data/labels.json")
-    )
+    labels = task.labels or tuple(prompting.verbalizers) or read_labels(store)
 
     # The examples that the run drew, so that prompts are the same as in training.
     if prompting.shots:
-        templates = read_json_texts(store, "data/examples.json")
+        templates = read_templates(store)
         prompting = prompting.model_copy(update={"templates": templates, "shots": 0})
 
     return TaskSettings(task.model_copy(update={"labels": labels}), prompting)
@@ -230,13 +251,12 @@ def load_checkpoint_model(
 
     transformers_logging.disable_progress_bar()
 
+    require_stored_files(store)
+
     # transformers reads from a local folder only.
-    with tempfile.TemporaryDirectory() as folder:
-        if "config.json" not in store.child(MODEL_FOLDER).download(folder):
-            raise CheckpointError(
-                f"{store.redacted_url(MODEL_FOLDER)}: config.json is missing. Every run stores its "
-                "model's config and tokenizer. Give the folder of a run (<storage>/<name>)."
-            )
+    with scratch.folder("model") as path:
+        folder = str(path)
+        store.child(MODEL_FOLDER).download(folder)
         source = Source(folder, store.redacted_url(MODEL_FOLDER))
         config = pretrained_model.read_config(source)
         tokenizer = pretrained_model.read_tokenizer(source)

@@ -20,7 +20,7 @@ from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.file_layout import FileLayout, plan_files
 from dist_ft.checkpoint.manifest import FileEntry
 from dist_ft.core import fault_injection
-from dist_ft.engine.base import StateSlice
+from dist_ft.engine.base import Engine, StateSlice
 from dist_ft.storage.filesystem import Store
 
 T = TypeVar("T")
@@ -209,6 +209,11 @@ class Writer:
         folder.write(path, content)
         fault_injection.hit("checkpoint.after_file", self._rank)
         return manifests.file_entry_in_blocks(path, *content)
+
+
+def trained_state(engine: Engine) -> list[StateSlice]:
+    """Return the state that every checkpoint contains: all but frozen weights."""
+    return [part for part in engine.state_slices() if part.key != "frozen"]
 
 
 def _bytes_of(content: torch.Tensor) -> memoryview:

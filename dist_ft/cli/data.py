@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_ft.cli import output
+from dist_ft.cli import output, row_files
 from dist_ft.cli.arguments import Config, Overrides, Run, named_run
 
 if TYPE_CHECKING:
-    from dist_ft.core.errors import DataError
-    from dist_ft.data.sources.discovery import Row
+    pass
 
 HELP = (
     "Inspect and rewrite data, and verify what a run has read.\n\n\b\nFirst steps:\n"
@@ -97,7 +94,7 @@ def import_(
 
     # All rows before the first is written: a mistake in the last file leaves no half of a data set.
     rows = list(IMPORTERS[kind](paths, encoding, part))
-    _write_rows(rows, out)
+    row_files.write_rows(rows, out)
     output.echo(f"{len(rows):,} rows in {out}; next: dist-ft data inspect {out}")
 
 
@@ -139,7 +136,7 @@ def split(
     from dist_ft.data.tools import splitting
 
     quiet_third_parties()
-    shares = _parse_shares(share or ("train=0.9", "held-out=0.1"))
+    shares = row_files.parse_shares(share or ("train=0.9", "held-out=0.1"))
 
     if by is not None and group is not None:
         raise ConfigError(
@@ -155,7 +152,7 @@ def split(
     # Rows that cannot be decoded come as errors, for commands that count them. A split without them
     # would silently be a split of other data.
     rows: list[Any] = []
-    for row in _read_rows(paths):
+    for row in row_files.read_rows(paths):
         if isinstance(row, DataError):
             raise row
         rows.append(row)
@@ -168,7 +165,7 @@ def split(
 
     for name, members in splits.items():
         path = f"{out.rstrip('/')}/{name}.jsonl"
-        _write_rows(members, path)
+        row_files.write_rows(members, path)
         output.echo(f"{len(members):>8,} rows in {path}")
 
 
@@ -207,7 +204,7 @@ def pseudo(
 
     quiet_third_parties()
     # Before the model is loaded, which takes a while: a wrong path is found at once.
-    rows = _read_rows(paths)
+    rows = row_files.read_rows(paths)
     predictor = Predictor(model, PredictionOptions(batch_size=batch))
     result = pseudo_label(predictor, rows, confidence, max_per_label)
 
@@ -218,7 +215,7 @@ def pseudo(
             "Lower it, or train the model longer."
         )
 
-    _write_rows(result.rows, out)
+    row_files.write_rows(result.rows, out)
     output.echo(describe(result, out))
 
 
@@ -360,52 +357,3 @@ def verify(
     # Last, as it lists all of the data: the ledger only proves something if its data is unchanged.
     num_shards = ledger_audit.verify_shards(url, (*places, *(data or ())))
     output.echo(f"shards unchanged since the run started: all {num_shards}")
-
-
-def _parse_shares(texts: Sequence[str]) -> dict[str, float]:
-    """Return {name: share} of NAME=SHARE texts."""
-    from dist_ft.core.errors import ConfigError
-
-    shares = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-
-        share = math.nan
-        with contextlib.suppress(ValueError):
-            share = float(value)
-
-        if not name or name in shares or math.isnan(share):
-            raise ConfigError(
-                [
-                    f"--share={text}: not of the form NAME=SHARE. Each NAME is allowed once. "
-                    "Write for instance train=0.8."
-                ],
-                "data split",
-            )
-        shares[name] = share
-    return shares
-
-
-def _read_rows(paths: Sequence[str]) -> Iterator[Row | DataError]:
-    """Return the rows of files, folders, globs or URLs, in order.
-
-    Paths are resolved at once, rows are read as they are needed.
-    """
-    from dist_ft.config.schema import Source
-    from dist_ft.data.sources import readers
-    from dist_ft.data.sources.discovery import discover_shards
-
-    # Not a generator function: its body, and so a wrong path, would wait for the first row.
-    found = discover_shards([Source(path=path) for path in paths], "PATH")
-    return (row for shards in found for shard in shards for row in readers.iter_rows(shard))
-
-
-def _write_rows(rows: list[Any], out: str) -> None:
-    from dist_ft.core.errors import DataError
-    from dist_ft.data.tools.write import encode_jsonl
-    from dist_ft.storage.single_files import write_file
-
-    if not rows:
-        raise DataError(f"{out}: no rows to write. At least one is needed. Check the source.")
-
-    write_file(out, encode_jsonl(rows))

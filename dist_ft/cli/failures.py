@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+from typing import Any
 
 from dist_ft.core.errors import (
     ConfigError,
@@ -39,9 +41,15 @@ _ADVICE = {
 }
 """What to do about an error of the operating system."""
 
+_NAME = re.compile(r"-{0,2}[a-z]{1,20}(?:-[a-z0-9]{1,20}){0,3}")
+"""What looks like the name of a command or of an option."""
+
 
 def report_error(error: BaseException) -> int:
     """Print `error` for the user and return the exit code."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return _report_usage(error)
+
     explained = _explain(error)
     if explained is not None:
         return _print_failure(_message(explained), explained.exit_code, error)
@@ -64,6 +72,13 @@ def _explain(error: BaseException) -> DistFtError | None:
         return DataError(
             "an input is nested too deeply: Python's stack is exhausted. Give one with fewer "
             "levels. --debug shows where it was read."
+        )
+
+    # Names of files and texts of rows are what others wrote; most are checked where they are read.
+    if isinstance(error, UnicodeError):
+        return DataError(
+            f"a name or text of an input is not UTF-8 ({_one_line(error)}). Rename or convert it. "
+            "--debug shows where it was used."
         )
 
     # Libraries in Rust (tokenizers, safetensors) raise it for what they did not expect; it is no
@@ -94,6 +109,31 @@ def _operating_system_error(error: OSError) -> DistFtError:
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return DataError(text)
     return DistFtError(text)
+
+
+def _report_usage(error: Any) -> int:
+    """Print the parser's error about the arguments without quoting them; return the exit code.
+
+    An argument that is not understood may be a credential: `--token VALUE`, a value after a space.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help of a group of commands
+        error.show(file=sys.stderr)
+        return int(error.exit_code)
+
+    # Names of commands and options are quoted, as most of these errors are their misspellings.
+    may_quote = error.message.startswith(("No such command", "No such option"))
+    for argument in sys.argv[1:]:
+        is_name = _NAME.fullmatch(argument) is not None
+        for part in (argument, argument.partition("=")[2]):
+            if len(part) > 2 and not (may_quote and is_name):
+                for spelling in (part, repr(part)[1:-1]):
+                    error.message = error.message.replace(spelling, "...")
+
+    # A value that the shell or the parser changed.
+    if not may_quote and not error.message.startswith(("Missing", "Option")):
+        error.message = re.sub(r"^(['\"]).*\1(?= is )", "it", error.message, flags=re.DOTALL)
+    error.show(file=sys.stderr)
+    return int(error.exit_code)
 
 
 def leave(code: int) -> None:

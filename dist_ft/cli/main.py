@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -30,6 +31,8 @@ from dist_ft.cli import (
 )
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import Interrupted
+from dist_ft.core.output import redacted_output
+from dist_ft.core.private_folders import keep_compiled_code_private
 
 app = typer.Typer(
     name="dist-ft",
@@ -98,10 +101,17 @@ for _name, _module in GROUPS.items():
 def main() -> None:
     """Run the command line; every failure becomes a text on stderr and an exit code."""
     output.forgive_encoding()
-    try:
-        app()
-    except SystemExit as end:
-        failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
-    except BaseException as error:
-        # Not only Exception: a panic of a library in Rust is none, and neither is Ctrl-C.
-        failures.leave(failures.report_error(error))
+    keep_compiled_code_private()
+    with redacted_output():
+        try:
+            # Not standalone: the parser would print errors itself, which quote the arguments.
+            code = app(standalone_mode=False)
+            failures.leave(code if isinstance(code, int) else 0)
+        except SystemExit as end:
+            failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        except typer.Abort:
+            print("Aborted!", file=sys.stderr)
+            failures.leave(1)
+        except BaseException as error:
+            # Not only Exception: a panic of a library in Rust is none, and neither is Ctrl-C.
+            failures.leave(failures.report_error(error))

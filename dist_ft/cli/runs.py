@@ -111,7 +111,8 @@ def report(
     """
     from pathlib import Path
 
-    from dist_ft.core.json_documents import encode_json
+    from dist_ft.core.json_documents import decode_json, encode_json
+    from dist_ft.core.redaction import redact, redact_values
     from dist_ft.runs import render_report
     from dist_ft.runs.report import gather
 
@@ -130,10 +131,12 @@ def report(
 
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    # Of plain data, as a redacted text may be no JSON.
+    plain = redact_values(decode_json(encode_json(content)))
     texts = {
-        "html": render_report.to_html(content),
-        "md": render_report.to_markdown(content),
-        "json": encode_json(content, indent=1).decode(),
+        "html": redact(render_report.to_html(content)),
+        "md": redact(render_report.to_markdown(content)),
+        "json": encode_json(plain, indent=1).decode(),
     }
     for suffix, text in texts.items():
         (folder / f"report.{suffix}").write_text(text, "utf-8")

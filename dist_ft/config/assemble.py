@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from dist_ft.config import renames
 from dist_ft.config.checks.contradictions import contradictions
 from dist_ft.config.error_messages import (
+    field_and_value,
     format_value,
     missing_field,
     section_of,
@@ -117,7 +118,7 @@ def _section(model: type[Section], value: Any, path: str, problems: list[str]) -
     if not isinstance(value, Mapping):
         if value is not None:
             problems.append(
-                f"{path}={format_value(value)}: not a section. Allowed: a mapping with "
+                f"{field_and_value(path, value)}: not a section. Allowed: a mapping with "
                 f"{', '.join(model.model_fields)}. Indent its fields below {path}:"
             )
             return _partial(model, {})

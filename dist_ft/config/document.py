@@ -8,6 +8,7 @@ mistake is a line in `problems` rather than an exception. Does not depend on the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,15 @@ import yaml
 from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError, StorageError
 from dist_ft.core.logs import redact
+from dist_ft.core.secret_names import is_plain_name
 from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.filesystem import is_local, local_path
 from dist_ft.storage.local_files import read_regular
 from dist_ft.storage.single_files import read_file
+
+# What a message quotes of an override that has no "=": fields, in front of what is no name.
+_FIELD_START = re.compile(r"[a-z_]+(?:\.{1,2}[a-z][a-z0-9_]{0,30}){1,3}(?=[\s:]|$)")
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 _FORM = "A config has `section:` lines with indented `field: value` lines below."
 
@@ -63,7 +69,7 @@ def read_document(source: str) -> Document:
         raise ConfigError(
             [f"{where(error)}not valid YAML: {reason(error)}. {_FORM} Correct it."],
             name,
-        ) from error
+        ) from None  # the parser's own text quotes lines of the file
 
     # An empty file: each required field gets its own line later.
     if value is None:
@@ -84,20 +90,27 @@ def is_document(source: str) -> bool:
 
 def name_of(source: str) -> str:
     """Return the name of `source` for messages. Pure."""
-    return "config" if is_document(source) else redact(source)
+    if is_document(source):
+        return "config"
+
+    # An override in the place of the file: `dist-ft train storage.options.s3.secret=...`.
+    name, equals, _ = source.partition("=")
+    if equals and not source.endswith((".yaml", ".yml")):
+        return f"{name if is_plain_name(name) else ''}=..."
+    return redact(source)
 
 
 def _read_text(source: str) -> str:
-    name = redact(source)
+    name = name_of(source)
     try:
         if not is_local(source):
             return read_file(source, yaml_documents.CONFIG.num_bytes).decode()
 
         return read_regular(local_path(source), yaml_documents.CONFIG.num_bytes).decode()
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         raise ConfigError(
             [f"no such file (looked in {os.getcwd()}). Check the path."], name
-        ) from error
+        ) from None  # its text has the name, which may be an override
     except IsADirectoryError as error:
         raise ConfigError(["is a folder. Give the YAML file in it."], name) from error
     except UnicodeDecodeError as error:
@@ -125,14 +138,17 @@ def apply_overrides(
     result = _copy(mapping)
     problems = []
 
-    for override in overrides:
+    for number, override in enumerate(overrides, 1):
         path, equals, text = override.partition("=")
         path = path.strip()
         names = path.split(".")
+        shown = _shown(path, number)
         if not equals or not all(names) or len(names) > yaml_documents.MAX_DEPTH:
+            # What was meant as the value may be a part of the path.
+            shown = _shown_start(path, number)
             problems.append(
-                f"override {redact(override)!r}: not of the form section.field=value. Write, for "
-                "example, schedule.steps=100."
+                f"override {shown}: not of the form section.field=value. Write, for example, "
+                "schedule.steps=100."
             )
             continue
 
@@ -140,16 +156,34 @@ def apply_overrides(
             value = _override_value(text, is_text(path))
         except (yaml.YAMLError, ValueError) as error:
             problems.append(
-                f"override {redact(override)!r}: the value is not valid YAML ({reason(error)}). "
-                f"Correct it, or quote a text: '{path}=\"...\"'"
+                f"override {shown}: the value is not valid YAML ({reason(error)}). Correct it, or "
+                "quote a text: '...=\"...\"'"
             )
             continue
 
-        problem = _set(result, path, value)
-        if problem:
-            problems.append(problem)
+        blocking = _set(result, path, value)
+        if blocking is not None:
+            parent = blocking.path if shown == repr(path) else "a field above it"
+            problems.append(
+                f"override {shown}: {parent} is {blocking.kind}, which has no fields. Override "
+                f"{parent} as a whole."
+            )
 
     return Document(result, problems)
+
+
+def _shown(path: str, number: int) -> str:
+    """Return what a message quotes of the override `number` to `path`: field names, or nothing."""
+    if is_plain_name(path) and redact(path) == path:
+        return repr(path)
+    return f"number {number}"
+
+
+def _shown_start(text: str, number: int) -> str:
+    """Return what a message quotes of an override without `=`: the field's name before it ends."""
+    # storage.options.s3.secret VALUE, storage.options.s3.secret: VALUE; a long path may hold it.
+    field = _FIELD_START.match(text)
+    return repr(field[0]) if field else f"number {number}"
 
 
 def _override_value(text: str, is_text: bool) -> Any:
@@ -169,8 +203,15 @@ def _override_value(text: str, is_text: bool) -> Any:
     return value
 
 
-def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
-    """Set `path` in nested `mapping`; return the problem if a value is in the way."""
+class _Blocking(NamedTuple):
+    """A value that is no mapping at a `path` where an override needs one; its `kind` in words."""
+
+    path: str
+    kind: str
+
+
+def _set(mapping: dict[str, Any], path: str, value: Any) -> _Blocking | None:
+    """Set `path` in nested `mapping`; return what is in the way, if anything is."""
     *parents, last = path.split(".")
     section = mapping
     for depth, key in enumerate(parents):
@@ -179,11 +220,7 @@ def _set(mapping: dict[str, Any], path: str, value: Any) -> str | None:
             section[key] = {}
 
         if not isinstance(section[key], dict):
-            parent = ".".join(parents[: depth + 1])
-            return (
-                f"override {path!r}: {parent} is {_kind(section[key])}, which has no fields. "
-                f"Override {parent} as a whole."
-            )
+            return _Blocking(".".join(parents[: depth + 1]), _kind(section[key]))
         section = section[key]
 
     section[last] = value
@@ -219,4 +256,17 @@ def where(error: Exception) -> str:
 
 def reason(error: Exception) -> str:
     """Return the relevant part of a YAML error's text."""
-    return redact(yaml_documents.reason(error))
+    return without_values(redact(yaml_documents.reason(error)))
+
+
+def without_values(text: str) -> str:
+    """Return a reason of the parser without what it quotes of the file: `*...`, `!...`, numbers."""
+    # A password that starts with one of these signs is read as an alias, a tag or an anchor.
+    return _QUOTED.sub(_without_value, text)
+
+
+def _without_value(match: re.Match[str]) -> str:
+    # Signs (","), kinds of tokens ("<stream end>") and Python's own tags are no values.
+    quoted = match[0][1:-1]
+    is_known = quoted.startswith(("<", "tag:yaml.org,2002:python/"))
+    return match[0] if len(quoted) < 2 or is_known else "'...'"

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from dist_ft.config import renames
 from dist_ft.config.schema import RunConfig, Section
 from dist_ft.core.logs import redact
+from dist_ft.core.secret_names import is_plain_name
 
 # For these fields the type says too little: a pattern, a union, or a list of paths or mappings.
 _ALLOWED = {
@@ -46,6 +47,14 @@ _TYPES = {
     str: "a text",
     dict: "a mapping",
 }
+OPTION_FIELDS = (
+    "storage.options",
+    "zero.deepspeed",
+    "cluster.network_variables",
+    "cluster.labels",
+    "cluster.resources_per_worker",
+)
+"""Fields that hold options of libraries and names of clusters, with any keys."""
 MAX_LENGTH = 80
 """Characters of a value in a message."""
 
@@ -87,9 +96,9 @@ _NAMES_OF_OTHER_TOOLS = {
 }
 
 
-def section_of(info: FieldInfo) -> type[Section] | None:
-    """Return the class of the section that a field holds; None if it holds none."""
-    annotation = info.annotation
+def section_of(info: FieldInfo | None) -> type[Section] | None:
+    """Return the class of the section that a field holds; None if it holds none, or is none."""
+    annotation = info.annotation if info else None
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return None
@@ -188,6 +197,18 @@ def format_value(value: Any) -> str:
     return text[: MAX_LENGTH - 3] + "..."
 
 
+def field_and_value(path: str, value: Any) -> str:
+    """Return `path=value` as the start of a line; the path alone where the value may be secret.
+
+    What stands in the place of a section or of options of libraries was meant as something else:
+    `storage.options=secret=...`.
+    """
+    is_number = isinstance(value, int | float)
+    if is_number or not (path in OPTION_FIELDS or section_of(schema_paths().get(path))):
+        return f"{path}={format_value(value)}"
+    return path
+
+
 def _needs_quotes(value: str) -> bool:
     """Whether YAML would read a bare text as another type."""
     try:
@@ -220,7 +241,7 @@ def wrong_value(path: str, info: FieldInfo, value: Any, kind: str = "") -> str:
         kind_of_value = may_be.split(" of at ")[0].split(" above ")[0].split(",")[0]
         what = f"not {kind_of_value}"
 
-    return f"{path}={format_value(value)}: {what}. Allowed: {may_be}. {_remedy(info, value)}"
+    return f"{field_and_value(path, value)}: {what}. Allowed: {may_be}. {_remedy(info, value)}"
 
 
 def _remedy(info: FieldInfo, value: Any) -> str:
@@ -280,6 +301,10 @@ def unknown_key(path: str, value: Any) -> UnknownKey:
         )
     if near:
         return UnknownKey(f"{path}: {what}. Did you mean {near}?", near)
+
+    # Not like any field: it may be no name at all, such as a key that ends with a "=".
+    if not is_plain_name(path):
+        path = f"{parent}.<key>" if is_plain_name(parent) else "<key>"
 
     siblings = [name.rpartition(".")[2] for name in paths if name.rpartition(".")[0] == parent]
     where = f" in {parent}" if parent else ""

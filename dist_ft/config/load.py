@@ -15,6 +15,7 @@ import yaml
 
 from dist_ft.config import renames
 from dist_ft.config.assemble import assemble, assemble_stored, assemble_stored_section
+from dist_ft.config.credentials import mask_credentials, require_no_credentials
 from dist_ft.config.document import apply_overrides, name_of, read_document
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.identity import Change, changes, check_resume, identity
@@ -97,16 +98,36 @@ def inspect_config(
         document, duplicates = read_document(source)
     mapping, invalid_overrides = apply_overrides(document, overrides, is_text)
 
-    # Before the checks, which read the facts of the task. After the overrides, which may name it.
-    _import_task(mapping)
-    assembled = assemble(mapping)
+    # First of all: no check sees a credential, so no message can quote one.
+    masked = mask_credentials(mapping)
 
-    problems = [*duplicates, *invalid_overrides, *assembled.problems]
+    # Before the checks, which read the facts of the task. After the overrides, which may name it.
+    _import_task(masked.mapping)
+    assembled = assemble(masked.mapping)
+    for secret_path in masked.paths:
+        _remove_field(assembled.section, secret_path)
+
+    problems = [*duplicates, *invalid_overrides, *assembled.problems, *masked.problems]
     return InspectedConfig(
         assembled.section,
         [redact(problem) for problem in problems],
         name_of(source),
     )
+
+
+def _remove_field(section: Section, path: Sequence[Any]) -> None:
+    """Remove the field at `path`, as if it were broken: what stands there is no value."""
+    for name in path:
+        if not isinstance(name, str):
+            return
+        value = vars(section).get(name)
+        if isinstance(value, Section):
+            section = value
+        else:
+            # Options of libraries are complete without their credentials.
+            if not isinstance(value, dict):
+                vars(section).pop(name, None)
+            return
 
 
 def _import_task(mapping: Mapping[str, Any]) -> None:
@@ -225,6 +246,12 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def resolved_yaml(config: RunConfig) -> str:
-    """Return `config` as YAML, defaults included, in the order of the schema."""
+    """Return `config` as YAML, defaults included, in the order of the schema.
+
+    Raises:
+        ConfigError: it holds a credential; a config that Python code made was not checked before.
+    """
+    require_no_credentials(config)
+
     # Unsorted, as people read it: run, model and data come first, as in their own file.
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=110)

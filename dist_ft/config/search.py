@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dist_ft.config import renames
+from dist_ft.config.credentials import mask_credentials
 from dist_ft.config.document import apply_overrides, read_document, with_field
 from dist_ft.config.error_messages import is_text
 from dist_ft.config.load import InspectedConfig, inspect_config
@@ -244,12 +245,15 @@ def load_search(config: str, path: str, overrides: Sequence[str] = ()) -> Search
         ConfigError: lists the problems of the file, or of the trials' configs.
     """
     document, problems = read_document(path)
-    problems += renames.SEARCH.problems(document)
+    masked = mask_credentials(document)
+    document = masked.mapping
+    problems += [*masked.problems, *renames.SEARCH.problems(document)]
     try:
         section = SearchSection.model_validate(renames.SEARCH.migrate(document))
     except ValidationError as error:
         lines = [_line(details) for details in error.errors(include_url=False)]
-        raise ConfigError([*problems, *lines], path) from error
+        # Not `from error`: pydantic's own text quotes values.
+        raise ConfigError([*problems, *lines], path) from None
 
     base, duplicates = read_document(config)
     problems += duplicates

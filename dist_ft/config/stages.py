@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from dist_ft.config import renames
+from dist_ft.config.credentials import mask_credentials
 from dist_ft.config.document import Document, read_document, with_field
 from dist_ft.config.load import inspect_config, load_config
 from dist_ft.config.schema import RunConfig, Source
@@ -122,10 +123,10 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
         ConfigError: lists all problems of the file, or of the configs.
     """
     document, problems = read_document(path)
-    problems += renames.STAGES.problems(document)
-    file = _parse(renames.STAGES.migrate(document), path, problems)
+    masked = mask_credentials(document)
+    problems += [*masked.problems, *renames.STAGES.problems(masked.mapping)]
+    file = _parse(renames.STAGES.migrate(masked.mapping), path, problems)
 
-    # `_parse` raised if there were problems, so the list starts anew.
     base, problems = read_document(_resolve(path, file.config))
 
     counts = Counter[str]()
@@ -163,11 +164,11 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> Stages:
 
 
 def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> StagesSection:
-    """Return the file's section; raise ConfigError for its problems and those in `problems`."""
+    """Return the file's section; raises ConfigError with its problems and those in `problems`."""
     try:
         file = StagesSection.model_validate(document)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
+        errors = error.errors(include_url=False, include_input=False)
         # A problem inside a stage is reported once, at its own place.
         nested = {details["loc"][0] for details in errors if len(details["loc"]) > 1}
         lines = []
@@ -178,7 +179,7 @@ def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> Stage
                 lines.append(
                     f"{name}: {details['msg'].lower()}. Allowed: {_allowed(location)}. Correct it."
                 )
-        raise ConfigError([*problems, *lines], path) from error
+        raise ConfigError([*problems, *lines], path) from None  # its own text quotes values
 
     if problems:
         raise ConfigError(problems, path)

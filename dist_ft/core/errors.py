@@ -2,13 +2,16 @@
 
 A message reads `<field or path>=<value>: what is wrong. What is allowed. What to do.` Each error
 survives pickling (Ray carries it from a worker to the driver), has the exit code of the command
-line, and knows whether a restart could help (`retryable`).
+line, knows whether a restart could help (`retryable`), and holds no credential (`redaction`):
+wherever its text is shown, stored or sent, it was redacted when the error was made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from dist_ft.core.redaction import redact
 
 PLANNED = "planned: "
 """Prefix of the reason why an attempt ended, if nothing failed."""
@@ -24,6 +27,9 @@ class DistFtError(Exception):
     exit_code = 1
     retryable = False
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(part) if isinstance(part, str) else part for part in args))
+
 
 class ConfigError(DistFtError):
     """All problems of a config.
@@ -36,14 +42,14 @@ class ConfigError(DistFtError):
     exit_code = 2
 
     def __init__(self, problems: Sequence[str], source: str = "config") -> None:
-        self.problems = tuple(problems)
-        self.source = source
+        self.problems = tuple(redact(problem) for problem in problems)
+        self.source = redact(source)
 
         noun = "problems"
         if len(self.problems) == 1:
             noun = "problem"
 
-        lines = [f"{source}: {len(self.problems)} {noun}"]
+        lines = [f"{self.source}: {len(self.problems)} {noun}"]
         lines.extend(f"  - {problem}" for problem in self.problems[:MAX_PROBLEMS])
         num_more = len(self.problems) - MAX_PROBLEMS
         if num_more > 0:
@@ -78,6 +84,12 @@ class DocumentError(DistFtError, ValueError):
 
     It is a ValueError too: readers that take a damaged file for an absent one catch those.
     """
+
+    exit_code = 2
+
+
+class FolderError(DistFtError):
+    """A folder on this machine that others own or may write to; the text names it."""
 
     exit_code = 2
 

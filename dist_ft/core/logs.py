@@ -7,29 +7,13 @@ third-party warnings are silenced by name, never all at once.
 from __future__ import annotations
 
 import logging
-import os
-import re
 import sys
 import warnings
-from urllib.parse import quote
 
 from dist_ft.core.printable import printable
+from dist_ft.core.redaction import redact
 
-SECRET_NAME = re.compile(
-    r"(TOKEN|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIAL|CONNECTION_STRING|_KEY$|\bSAS|_SAS)",
-    re.IGNORECASE,
-)
-USERINFO = re.compile(
-    r"(?<=://)(?:[^/@\s:]*:[^/@\s]+)(?=@)|(?<=http://)[^/@\s:]+(?=@)|(?<=https://)[^/@\s:]+(?=@)"
-)
-QUERY_SECRET = re.compile(
-    r"(?i)([?&](?:sig|signature|(?:access_|auth_)?token|password|secret|client_secret"
-    r"|(?:api_?)?key|awsaccesskeyid"
-    r"|x-amz-(?:signature|security-token|credential)|x-goog-(?:signature|credential))=)[^&\s'\"]+"
-)
-
-MIN_SECRET_LENGTH = 8
-"""Shorter values of environment variables are not taken for secrets."""
+__all__ = ["quiet_third_parties", "redact", "setup_logging"]
 
 # Loggers whose INFO and WARNING lines do not help a user.
 QUIET_LOGGERS = (
@@ -43,26 +27,6 @@ QUIET_LOGGERS = (
     "torchao.kernel.intmm",
     "torch.utils._pytree",  # kernels of GPUs that the machine does not have
 )
-
-
-def redact(text: str) -> str:
-    """Return `text` without credentials.
-
-    Removes the values of secret environment variables, and user info and signatures in URLs.
-    """
-    # Read at each call, since variables may be set after logging was set up.
-    names: dict[str, str] = {}
-    for name, value in os.environ.items():
-        if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name):
-            names[value] = name
-
-    # Longest first: one secret may be part of another.
-    for value in sorted(names, key=len, reverse=True):
-        # Errors of HTTP clients quote the URL, where the value is percent-encoded.
-        for spelling in (value, quote(value, safe="")):
-            text = text.replace(spelling, f"<{names[value]}>")
-
-    return QUERY_SECRET.sub(r"\1<redacted>", USERINFO.sub("<redacted>", text))
 
 
 class _RedactingFormatter(logging.Formatter):

@@ -18,8 +18,13 @@ BUCKET_ELEMENTS = 2**26
 """Elements per reduction. DeepSpeed's default of 5e8 takes more memory than a small model."""
 
 
-def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
-    """Return the dictionary that `deepspeed.initialize` takes."""
+def build_deepspeed_config(config: RunConfig, swap_folder: str | None = None) -> dict[str, Any]:
+    """Return the dictionary that `deepspeed.initialize` takes.
+
+    Args:
+        config: the run.
+        swap_folder: folder for offload to nvme; None: zero.nvme_path itself.
+    """
     uses_gpu = config.cluster.gpus_per_worker > 0
     zero: dict[str, Any] = {"stage": config.zero.stage}
 
@@ -28,7 +33,7 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
         zero["overlap_comm"] = uses_gpu
         zero["contiguous_gradients"] = True
         zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = BUCKET_ELEMENTS
-    _add_offload(zero, config)
+    _add_offload(zero, config, swap_folder or config.zero.nvme_path)
 
     # The optimizer is built by `optimizers`, so that all engines compute the same update. DeepSpeed
     # must accept a class it does not know, and must not require its own Adam under CPU offload.
@@ -46,7 +51,7 @@ def build_deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return merge(own_settings, config.zero.deepspeed)
 
 
-def _add_offload(zero: dict[str, Any], config: RunConfig) -> None:
+def _add_offload(zero: dict[str, Any], config: RunConfig, swap_folder: str | None) -> None:
     """Add the settings that move optimizer state and parameters off the GPU."""
     uses_gpu = config.cluster.gpus_per_worker > 0
     for state in ("optimizer", "param"):
@@ -55,7 +60,7 @@ def _add_offload(zero: dict[str, Any], config: RunConfig) -> None:
             # Pinned memory makes copies to a GPU asynchronous; without one it only takes memory.
             offload = {"device": device, "pin_memory": uses_gpu}
             if device == "nvme":
-                offload["nvme_path"] = config.zero.nvme_path
+                offload["nvme_path"] = swap_folder
             zero[f"offload_{state}"] = offload
 
 

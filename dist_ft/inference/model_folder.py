@@ -143,7 +143,7 @@ def detect_task(config: Any, path: str) -> TaskSection:
         )
 
     # In the order of the outputs, which that of the JSON need not be.
-    labels = ()
+    labels: tuple[str, ...] = ()
     if task_class(name).has_labels:
         labels = tuple(str(label) for _, label in sorted((config.id2label or {}).items()))
 

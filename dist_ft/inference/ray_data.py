@@ -21,10 +21,8 @@ from dist_ft.inference import prediction_shards
 from dist_ft.inference.model_folder import PredictionOptions
 from dist_ft.inference.predict import Predictor
 from dist_ft.inference.prediction_shards import ShardTask
-from dist_ft.runtime.ray_backend import implicit_uploads
+from dist_ft.runtime.ray_backend import implicit_uploads, local_cluster
 from dist_ft.storage.filesystem import Store
-
-OBJECT_STORE_BYTES = 128 * 2**20
 
 
 class TaskResults(TypedDict):
@@ -142,15 +140,7 @@ def _connected(workers: int) -> Iterator[Any]:
         if address:
             ray.init(address=address, **common)
         else:
-            # "local" starts a cluster: by default Ray would join one that it finds on this machine,
-            # or fail on the files of one that is gone.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=workers + 1,
-                object_store_memory=OBJECT_STORE_BYTES,
-                **common,
-            )
+            local_cluster.start(ray, num_cpus=workers + 1, **common)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise WorkerError(
             f"RAY_ADDRESS={address}: cannot connect to Ray ({str(error).splitlines()[0][:120]}). "
@@ -158,7 +148,5 @@ def _connected(workers: int) -> Iterator[Any]:
             "start an own cluster."
         ) from error
 
-    try:
+    with local_cluster.shut_down_at_end(ray):
         yield ray
-    finally:
-        ray.shutdown()

@@ -6,7 +6,6 @@ rows are written into a temporary folder and scored like any other data.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.config.schema import RunConfig, Source
+from dist_ft.core import scratch
 from dist_ft.core.errors import ConfigError, DataError
 from dist_ft.core.json_documents import encode_json
 from dist_ft.data.sources import readers
@@ -206,8 +206,8 @@ def _rows(
 
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="dist_ft-") as folder:
-        yield Path(folder)
+    with scratch.folder("robustness") as folder:
+        yield folder
 
 
 def _write_source(folder: Path, name: str, rows: Iterable[Row]) -> tuple[Source, ...]:

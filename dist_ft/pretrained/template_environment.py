@@ -161,8 +161,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.update(source.globals)
         for name, function in source.filters.items():
             self.filters[name] = self._counted_filter(name, function)
-        for name, function in source.tests.items():
-            self.tests[name] = self._counted_test(function)
+        tests: dict[str, Any] = dict(source.tests)
+        for name, test in tests.items():
+            self.tests[name] = self._counted_test(test)
 
     def start_budget(self, inputs: Any) -> None:
         """Start the budget of a rendering in this thread."""

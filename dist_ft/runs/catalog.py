@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint import manifest as manifests
+from dist_ft.checkpoint.attempts import ATTEMPTS, number_in_name
 from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.checkpoint.retention import (
     rank_by_evaluation,
@@ -128,14 +129,12 @@ def attempts(store: Store) -> list[str]:
     names = store.list(discovery.ATTEMPTS)
     for name in names:
         # The watchdog writes the stacks of hung workers into the same folder.
-        number = name.removesuffix(".json")
-        is_number = number.isascii() and number.isdigit()
-        if not (name.endswith(".json") and is_number):
+        number = number_in_name(ATTEMPTS, name)
+        if not number or not name.endswith(".json"):
             continue
 
-        line = f"{int(number)}: {_describe_attempt(store, name)}"
-
-        stacks = [other for other in names if other.startswith(f"{number}-rank-")]
+        line = f"{number}: {_describe_attempt(store, name)}"
+        stacks = [other for other in names if other.startswith(f"{number:06d}-rank-")]
         if stacks:
             line += f"; made no progress: {', '.join(stacks)}"
         lines.append(line)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.attempts import ATTEMPTS, number_in_name
 from dist_ft.checkpoint.ledger import read_ledger
 from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
@@ -158,9 +159,8 @@ def _count_attempts(store: Store) -> int:
     """Return the number of attempts of the run."""
     # Not the highest number: numbers may be left out. The folder also holds stacks of hung workers.
     num_attempts = 0
-    for name in store.list(discovery.ATTEMPTS):
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "json" and stem.isdigit():
+    for name in store.list(ATTEMPTS):
+        if name.endswith(".json") and number_in_name(ATTEMPTS, name):
             num_attempts += 1
     return num_attempts
 

@@ -6,25 +6,26 @@ Reads what lies in the run's storage, whoever wrote it. Needs no model and no GP
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 from dist_ft.checkpoint import discovery
 from dist_ft.config.load import STORED, parse_stored_text, read_stored_text
-from dist_ft.core.errors import DataError
+from dist_ft.core.errors import DataError, DocumentError, StorageError
 from dist_ft.core.json_documents import interpreting
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 from dist_ft.metrics import best
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.run_facts import facts
 from dist_ft.storage.filesystem import Store
-from dist_ft.training.evaluation import FOLDER, read_evaluation
+from dist_ft.training.evaluation import FOLDER, STORED_EVALUATION, read_evaluation
 from dist_ft.training.metrics_log import read_metrics
 
+log = logging.getLogger("dist_ft.runs")
 MAX_NUMBER = 1e300
 """Larger numbers, which no run writes, are left out: sums and plots of them would overflow."""
-_EVALUATION = re.compile(r"step-[0-9]{9,18}\.json")
 
 
 class BestEvaluation(TypedDict):
@@ -112,9 +113,9 @@ def gather(url: str) -> Report:
     if not lines:
         raise DataError(f"{store.redacted_url()}: no metrics yet. Let the run make its first step.")
 
-    # Redacted before it is parsed: the text itself is shown, and so are values of the mapping.
-    text = redact(read_stored_text(store))
-    config = parse_stored_text(text, store.redacted_url(STORED))
+    # The text itself is shown, and so are values of the mapping. A redacted text may be no YAML.
+    text = read_stored_text(store)
+    config = redact_values(parse_stored_text(text, store.redacted_url(STORED)))
     train = [_numbers(line) for line in lines if line.get("kind") == "train"]
     evaluations = [_numbers(line) for line in lines if line.get("kind") == "evaluation"]
     latest = _latest_evaluation(store)
@@ -128,7 +129,7 @@ def gather(url: str) -> Report:
     return {
         "name": name,
         "storage": store.redacted_url(),
-        "config": text,
+        "config": redact(text),
         "task": task,
         "model": redact(model),
         "steps": int(train[-1]["step"]) if train else 0,
@@ -171,17 +172,22 @@ def _best(
 
 
 def _latest_evaluation(store: Store) -> Evaluation:
-    names = [name for name in store.list(FOLDER) if _EVALUATION.fullmatch(name)]
-    if not names:
-        return Evaluation(None, {}, [])
+    steps = []
+    for name in store.list(FOLDER):
+        match = STORED_EVALUATION.fullmatch(name)
+        if match:
+            steps.append(int(match[1]))
 
-    # Steps are padded with zeros, so the last name is that of the latest step.
-    latest = max(names)
-    step = int(latest.removeprefix("step-").removesuffix(".json"))
-    details = read_evaluation(store, step)
+    # An evaluation is an extra: a damaged file must not hide all else that the run has stored.
+    for step in sorted(steps, reverse=True):
+        try:
+            details = read_evaluation(store, step)
+            with interpreting(store.redacted_url(f"{FOLDER}/step-{step:09d}.json")):
+                return Evaluation(step, _tables(details), _examples(details))
+        except (DocumentError, StorageError) as error:
+            log.warning("the evaluation at step %d is left out: %s", step, error)
 
-    with interpreting(store.redacted_url(f"{FOLDER}/{latest}")):
-        return Evaluation(step, _tables(details), _examples(details))
+    return Evaluation(None, {}, [])
 
 
 def _tables(details: Mapping[str, Any]) -> EvaluationTables:

@@ -13,7 +13,7 @@ from dist_ft.checkpoint import discovery
 from dist_ft.config.load import STORED, parse_stored_text, read_stored_text
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.json_documents import interpreting
-from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 from dist_ft.data.blocks import index_file as indices
 from dist_ft.runtime.bootstrap.build_data import FOLDER
 from dist_ft.storage.filesystem import Store
@@ -26,7 +26,8 @@ def stored_config(store: Store) -> dict[str, Any]:
     """Return the resolved config of a run as a mapping, without credentials."""
     # The plain mapping rather than a RunConfig: a report must also work for a run that another
     # version stored, whose fields this version may not know.
-    return parse_stored_text(redact(read_stored_text(store)), store.redacted_url(STORED))
+    stored = parse_stored_text(read_stored_text(store), store.redacted_url(STORED))
+    return redact_values(stored)
 
 
 def facts(store: Store) -> dict[str, str]:

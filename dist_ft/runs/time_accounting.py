@@ -16,6 +16,8 @@ from dist_ft.training.console import format_duration
 
 MAX_SECONDS = 1e12
 """Seconds that a part of a run may have taken; a larger number, or NaN, is damage."""
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading a damaged record raises."""
 
 
 class AttemptTimes(NamedTuple):
@@ -44,7 +46,7 @@ def read_attempt_times(store: Store) -> AttemptTimes:
                 _seconds(note["seconds"]),
                 tuple((int(step), _seconds(seconds)) for step, seconds in note["marks"]),
             )
-        except _UNREADABLE as error:
+        except (StorageError, *DAMAGED) as error:
             # One bad file must not hide the time of all other attempts.
             unreadable.append(f"{path} cannot be read ({type(error).__name__}: {error})")
             continue
@@ -52,10 +54,6 @@ def read_attempt_times(store: Store) -> AttemptTimes:
         attempts.append(attempt)
 
     return AttemptTimes(attempts, unreadable)
-
-
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, StorageError)
-"""What reading a file of another form raises."""
 
 
 def _count(value: Any) -> int | None:

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dist_ft.checkpoint.attempts import TIME, number_in_name
 from dist_ft.core.json_documents import interpreting
 from dist_ft.runs import catalog, time_accounting
 from dist_ft.runs.time_accounting import StoredTime
 from dist_ft.storage.filesystem import Store
-from dist_ft.training import time_ledger
 from dist_ft.training.metrics_log import FILE, read_metrics
 
 SILENT_S = 180.0
@@ -91,7 +91,7 @@ def watch(
 
 def latest_attempt(store: Store) -> StoredTime:
     """Return the time file of the latest attempt; {} before the first."""
-    names = store.list(time_ledger.FOLDER)
+    names = [name for name in store.list(TIME) if number_in_name(TIME, name)]
     if not names:
         return {}
     return time_accounting.read_stored_time(store, names[-1])

@@ -6,18 +6,19 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.private_folders import keep_compiled_code_private
 from dist_ft.core.world import World
-from dist_ft.runtime.bootstrap import collective_timeouts, network_check
+from dist_ft.runtime.bootstrap import collective_timeouts, network_check, rendezvous
 from dist_ft.storage import filesystem
 from dist_ft.training.console import Console
 from dist_ft.training.notify.monitor import MonitorCallback, monitor_run
@@ -51,6 +52,7 @@ def run(config: RunConfig, context: RunContext | None = None) -> Result:
     """
     from dist_ft.runtime.bootstrap import training_run
 
+    keep_compiled_code_private()
     world = World.from_environment()
     context = context or RunContext()
     with _process_group(config, world), stop_on_signal(context.console) as got_signal:
@@ -99,22 +101,39 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
         # Before the group exists: NCCL uses the current device, by default GPU 0 on every rank.
         torch.cuda.set_device(world.rank_of_node)
 
-    # Started by hand and not by torchrun: a world of one that meets itself on this machine.
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ["MASTER_PORT"] = str(_free_port())
-        os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
-        os.environ["WORLD_SIZE"] = "1"
+    with rendezvous.restored_environment():
+        # Started by hand and not by torchrun: a world of one that meets itself on this machine.
+        if "MASTER_ADDR" not in os.environ:
+            rendezvous.meet_alone()
 
-    with contextlib.ExitStack() as stack:
-        if is_owner:
-            # The backends read the variables of network interfaces only here.
-            network_check.configure_interfaces(config)
-            timeout = stack.enter_context(collective_timeouts.apply(config.cluster))
-            dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
-            stack.callback(dist.destroy_process_group)
+        with contextlib.ExitStack() as stack:
+            if is_owner:
+                # The backends read the variables of network interfaces only here.
+                network_check.configure_interfaces(config)
+                rendezvous.stay_on_loopback()
+                timeout = stack.enter_context(collective_timeouts.apply(config.cluster))
+                _init_process_group("nccl" if use_gpu else "gloo", timeout)
+                stack.callback(dist.destroy_process_group)
 
-        yield
+            yield
+
+
+def _init_process_group(backend: str, timeout: timedelta) -> None:
+    """Create the process group of the ranks that the environment describes."""
+    import torch.distributed as dist
+
+    store = rendezvous.open_store(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=store,
+        rank=0,
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def _require_address(world: World) -> None:
@@ -128,12 +147,6 @@ def _require_address(world: World) -> None:
             ],
             "environment",
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

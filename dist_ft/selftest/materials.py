@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_ft.core import scratch
 from dist_ft.data.tools.write import write_jsonl
 from dist_ft.storage.filesystem import Store
 
@@ -90,9 +90,9 @@ def write_model(
     The tokenizer is trained on `texts`; `chat_template` (Jinja) says how it writes messages.
     """
     # transformers writes local folders only, and `store` may be a bucket
-    with tempfile.TemporaryDirectory(prefix="dist_ft-drill-") as folder:
-        _write_tokenizer_and_weights(Path(folder), size, texts, chat_template)
-        for path in sorted(Path(folder).iterdir()):
+    with scratch.folder("drill") as folder:
+        _write_tokenizer_and_weights(folder, size, texts, chat_template)
+        for path in sorted(folder.iterdir()):
             store.write(f"{name}/{path.name}", path.read_bytes())
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from dist_ft.config.load import resolved_yaml
 from dist_ft.config.schema import RunConfig
+from dist_ft.core import scratch
 from dist_ft.core.errors import DistFtError
 from dist_ft.core.logs import redact
 from dist_ft.runs import catalog, ledger_audit, time_accounting
@@ -56,7 +56,7 @@ def run_scenario(
     lines: list[TimedLine] = []
     exit_codes: list[int | None] = []
     limit_s = COMMAND_LIMIT_S + config.cluster.start_timeout_s
-    with tempfile.TemporaryDirectory(prefix="dist_ft-rehearsal-") as folder:
+    with scratch.folder("rehearsal") as folder:
         variables = {"DIST_FT_FAILPOINT": scenario.failpoint} if scenario.failpoint else {}
         command = _train_command(config, folder)
 
@@ -76,8 +76,8 @@ def run_scenario(
     return _read_outcome(config.run_url, exit_codes, lines)
 
 
-def _train_command(config: RunConfig, folder: str) -> list[str]:
-    path = Path(folder) / f"{config.run.name}.yaml"
+def _train_command(config: RunConfig, folder: Path) -> list[str]:
+    path = folder / f"{config.run.name}.yaml"
     path.write_text(resolved_yaml(config))
     return [sys.executable, "-m", "dist_ft.cli", "train", str(path), "--skip-check"]
 

@@ -22,18 +22,6 @@ from dist_ft.storage.error_messages import explain, is_empty_range, s3_code
 from dist_ft.storage.listing import FileInfo
 from dist_ft.storage.retry import max_attempts, with_retries
 
-# One attempt each: retries of the client would multiply with ours.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "s3": {
-        "config_kwargs": {
-            "retries": {"total_max_attempts": 1},
-            "connect_timeout": 10,
-            "read_timeout": 60,
-        }
-    },
-    "http": {"get_client": http_client.create_client},
-    "https": {"get_client": http_client.create_client},
-}
 _filesystems: dict[tuple[int, str], Any] = {}
 _lock = Lock()
 
@@ -255,6 +243,10 @@ class Store:
         """Remove a file or a folder; an absent one is no error."""
         self._call("remove", path, _remove)
 
+    def remove_leftovers(self) -> int:
+        """Remove files that killed processes left half-written; return their number."""
+        return local_files.remove_leftovers(self.url) if is_local(self.url) else 0
+
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
         place = f"{verb}.{path.split('/', 1)[0]}"  # such as write.attempts
         fault_injection.hit(f"storage.before_{place}")
@@ -327,15 +319,11 @@ def _connect(url: str) -> Any:
     protocol = url.split("://", 1)[0]
     configured = fsspec.config.conf.get(protocol, {})
 
-    # Arguments replace fsspec's configuration, and the user's settings must win.
-    defaults = {
-        name: value for name, value in _DEFAULTS.get(protocol, {}).items() if name not in configured
-    }
-
     # Other workers and attempts write to the same folders: a cached listing would hide their files.
-    fs, _ = url_to_fs(url, use_listings_cache=False, **defaults)
+    options = http_client.client_options(protocol, configured)
+    fs, _ = url_to_fs(url, use_listings_cache=False, **options)
     if protocol in ("s3", "s3a"):
-        # s3fs has a loop of retries around the client's own; see _DEFAULTS.
+        # s3fs has a loop of retries around the client's own; see `http_client`.
         fs.retries = 1
     return fs
 

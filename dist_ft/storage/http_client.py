@@ -1,17 +1,46 @@
-"""The HTTP client of data and models at http:// and https:// URLs.
+"""Options of the HTTP clients behind object stores and http:// URLs.
 
-Guarantee: a server that redirects to another host does not hand on this user's headers to it. The
-library drops only the standard ones (Authorization, Cookie).
+Guarantees: a server that redirects to another host does not hand on this user's credentials to it
+(aiohttp drops only the standard headers, such as Authorization); clients do not retry themselves,
+because their retries would multiply with ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+_S3_CONFIG = {
+    "retries": {"total_max_attempts": 1},
+    "connect_timeout": 10,
+    "read_timeout": 60,
+}
 
 _HARMLESS_HEADERS = frozenset(
     {"accept", "accept-encoding", "accept-language", "range", "if-range", "user-agent"}
 )
 """Sent to any host; all others may hold a credential, such as X-Api-Key."""
+
+
+def client_options(protocol: str, configured: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a filesystem's client that the user's own do not set.
+
+    Args:
+        protocol: of the filesystem.
+        configured: the user's options; they win, but the arguments returned here replace them.
+    """
+    if protocol in ("http", "https") and "get_client" not in configured:
+        return {"get_client": create_client}
+    if protocol not in ("s3", "s3a"):
+        return {}
+
+    config = {**configured.get("config_kwargs", _S3_CONFIG)}
+    try:
+        from dist_ft.storage.s3_session import SessionWithoutRedirects
+    except ImportError:  # opening the bucket says which package is missing
+        return {"config_kwargs": config}
+    config.setdefault("http_session_cls", SessionWithoutRedirects)
+    return {"config_kwargs": config}
 
 
 async def create_client(**options: Any) -> Any:

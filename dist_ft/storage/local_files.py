@@ -1,20 +1,32 @@
 """Files on a disk of this machine.
 
-Written atomically, and synced to disk when the call returns. Only regular files are read: opening a
-named pipe would wait for a writer forever, and a device may have no end.
+Written atomically, and synced to disk when the call returns. A file that is being written has a
+temporary name and is locked. The lock ends with the process that holds it, so temporary files of
+killed processes can be distinguished from those of live ones.
+
+Only regular files are read: opening a named pipe would wait for a writer forever, and a device may
+have no end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import os
+import socket
 import stat
-from collections.abc import Callable, Sequence
-from typing import BinaryIO
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 from uuid import uuid4
 
 from dist_ft.core import fault_injection
 from dist_ft.storage.error_messages import UnusableFileError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 HIDDEN = ".tmp-"
 """Prefix of files that are being written."""
@@ -24,7 +36,39 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+FOREIGN_AGE_S = 3600.0
+"""Temporary files of other machines count as left behind once they are this old: not every network
+file system shows one machine the locks of another."""
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def file_lock(path: str) -> FileLock:
+    """Return the lock file `path`, which is not held yet.
+
+    Whoever may write to its folder may also hold the lock: users of a shared cache wait for each
+    other.
+    """
+    from filelock import FileLock
+
+    mode = 0o600
+    folder_mode = os.stat(os.path.dirname(path)).st_mode
+    if folder_mode & stat.S_IWGRP:
+        mode |= 0o060
+    if folder_mode & stat.S_IWOTH:
+        mode |= 0o006
+    return FileLock(path, mode=mode)
+
+
+@contextlib.contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Hold the lock file `path`; does nothing in a folder that this user cannot write to."""
+    # A shared cache may be read-only. Nothing in it can change, or whoever changes it waits for
+    # nobody here anyway.
+    if not os.access(os.path.dirname(path), os.W_OK):
+        yield
+        return
+    with file_lock(path):
+        yield
 
 
 def write_file(path: str, content: bytes | memoryview | Sequence[memoryview]) -> None:
@@ -186,20 +230,20 @@ def _write_then(
 ) -> None:
     """Write a hidden file next to `path` and sync it; `publish(hidden, path)`; sync the folder."""
     folder, name = os.path.split(path)
-    os.makedirs(folder, exist_ok=True)
-    # A unique name: processes of an old and a new attempt may write the same path at the same time.
-    temporary = os.path.join(folder, f"{HIDDEN}{name}-{uuid4().hex[:8]}")
-    try:
-        # Synced before it is published: after a power loss some file systems have the new name but
-        # not yet the bytes.
-        with open(temporary, "xb") as file:
+    _make_folder(folder)
+    with _open_temporary(folder, name) as file:
+        # Until it is published the file stays locked, so that nobody removes it.
+        temporary = file.name
+        try:
+            # Synced before it is published: after a power loss some file systems have the new name
+            # but not yet the bytes.
             _write_and_sync(file, content)
-        fault_injection.hit("storage.before_publish")
-        publish(temporary, path)
-    finally:
-        # A rename moved it, a hard link or an error left it.
-        if os.path.exists(temporary):
-            os.remove(temporary)
+            fault_injection.hit("storage.before_publish")
+            publish(temporary, path)
+        finally:
+            # A rename moved it, a hard link or an error left it.
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
     # The new name is part of the folder, which has to be synced for itself.
     folder_descriptor = os.open(folder, os.O_RDONLY)
@@ -207,3 +251,90 @@ def _write_then(
         os.fsync(folder_descriptor)
     finally:
         os.close(folder_descriptor)
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        # Not to be mistaken for the file itself, whose existence is a result and no error.
+        text = "a file is in the place of the folder"
+        raise NotADirectoryError(errno.ENOTDIR, text, folder) from error
+
+
+def _machine() -> str:
+    """Return what names this machine in temporary files."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _open_temporary(folder: str, name: str) -> BinaryIO:
+    """Return a new temporary file in `folder` for the file `name`, locked."""
+    while True:
+        # Unique: processes of an old and a new attempt may write the same path at the same time.
+        path = os.path.join(folder, f"{HIDDEN}{name}-{_machine()}-{uuid4().hex[:8]}")
+        file = open(path, "xb")  # noqa: SIM115
+        try:
+            # `remove_leftovers` may have seen the file before it was locked.
+            if _lock(file) and _is_at(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed; return False if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Without locks on this file system `remove_leftovers` removes nothing.
+        return True
+    return True
+
+
+def _is_at(file: BinaryIO, path: str) -> bool:
+    """Whether `path` is still the name of an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def remove_leftovers(folder: str) -> int:
+    """Remove the temporary files below `folder` whose writers were killed; return their number."""
+    num_removed = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # Another process may do the same, or remove the folder.
+            with contextlib.suppress(OSError):
+                if name.startswith(HIDDEN) and _remove_leftover(parent, name):
+                    num_removed += 1
+    return num_removed
+
+
+def _remove_leftover(folder: str, name: str) -> bool:
+    """Remove a temporary file unless its writer may be alive; return whether it was removed.
+
+    Raises OSError, also if the file is locked or its file system has no locks.
+    """
+    path = os.path.join(folder, name)
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+
+    is_own = name.split("-")[-2] == _machine()
+    if not is_own and time.time() - status.st_mtime < FOREIGN_AGE_S:
+        return False
+
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        # Removed under the lock: a writer that creates the file just now finds it gone and creates
+        # another one.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.remove(path)
+    finally:
+        os.close(descriptor)
+    return True

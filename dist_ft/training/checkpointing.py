@@ -292,5 +292,6 @@ class Saver:
             return False
 
         self.url = outcome.url
+        self._components.time_ledger.record_commit(step)
         self._context.callbacks.on_checkpoint_committed(outcome.url, self._metrics)
         return True

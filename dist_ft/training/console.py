@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from dist_ft.core.printable import printable, printable_line
+from dist_ft.core.redaction import redact
 
 
 class Console:
@@ -48,7 +49,7 @@ class Console:
         self._progress_shown = True
 
     def _write(self, text: str) -> None:
-        """Write `text` in the stream's encoding.
+        """Write `text` in the stream's encoding, without credentials.
 
         A character that the encoding lacks or a reader that has left must not end a run.
         """
@@ -57,7 +58,7 @@ class Console:
 
         encoding = self._stream.encoding or "utf-8"
         try:
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            self._stream.write(redact(text).encode(encoding, "replace").decode(encoding))
             self._stream.flush()
         except OSError:  # the reader (such as `| head`) has left, or the terminal was closed
             self._stream_closed = True

@@ -6,6 +6,7 @@ Dimensions: B rows of a batch; the other dimensions of a row's output are those 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from dist_ft.training.held_out_generation import Generation, HeldOutGenerator
 from dist_ft.training.prediction_collector import PredictionCollector
 
 FOLDER = "evaluations"
+STORED_EVALUATION = re.compile(r"step-([0-9]+)\.json")
+"""Name of the file of an evaluation, with its step."""
 CAUSAL_LM = TaskSection()
 """The task of a config that names none."""
 
@@ -155,6 +158,9 @@ def read_evaluation(store: Store, step: int) -> dict[str, Any]:
     """Return what `store_evaluation` stored for `step`; empty if nothing is stored.
 
     Keys of version 0.1.0 are renamed to those of today.
+
+    Raises:
+        StorageError: the file is damaged.
     """
     path = f"{FOLDER}/step-{step:09d}.json"
     if not store.exists(path):

@@ -13,13 +13,12 @@ import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint import attempts
+from dist_ft.core import scratch
 from dist_ft.core.errors import StorageError
 from dist_ft.core.json_documents import decode_json
 from dist_ft.storage.documents import MAX_LARGE_BYTES
@@ -57,8 +56,8 @@ class MetricsLog:
 
         # Each attempt has its own folder of events: TensorBoard shows them as one curve each.
         self._tensorboard = tensorboard
-        self._target = f"tensorboard/attempt-{attempt:04d}"
-        self._folder: str | None = None
+        self._target = f"{attempts.TENSORBOARD}/attempt-{attempt:04d}"
+        self._folder: scratch.Scratch | None = None
         self._writer: Any = None
 
     def add(self, step: int, kind: str, values: dict[str, float]) -> None:
@@ -102,8 +101,8 @@ class MetricsLog:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._folder = tempfile.mkdtemp(prefix="dist_ft-tensorboard-")
-            self._writer = SummaryWriter(self._folder)
+            self._folder = scratch.create("tensorboard")
+            self._writer = SummaryWriter(str(self._folder.path))
 
         return self._writer
 
@@ -133,7 +132,7 @@ class MetricsLog:
         start_s = time.monotonic()
         try:
             # A worker that a newer attempt has replaced may still run for a while.
-            if discovery.latest_attempt(self._store) > self._attempt:
+            if attempts.latest_record(self._store) > self._attempt:
                 return
 
             self._store.write(FILE, b"".join(text for _, text in self._lines))
@@ -153,8 +152,8 @@ class MetricsLog:
 
         try:
             self._writer.flush()
-            for name in os.listdir(self._folder):
-                with open(os.path.join(self._folder, name), "rb") as file:
+            for name in os.listdir(self._folder.path):
+                with open(self._folder.path / name, "rb") as file:
                     self._store.write(f"{self._target}/{name}", file.read())
         except OSError as error:
             self._give_up_tensorboard(error)
@@ -170,7 +169,7 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._writer.close()
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.remove()
 
 
 def log_metrics(

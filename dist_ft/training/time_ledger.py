@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, Literal, NotRequired, TypedDict
 
-from dist_ft.checkpoint import discovery
-from dist_ft.checkpoint.attempt_records import TIMES
+from dist_ft.checkpoint import attempts
 from dist_ft.core.errors import Interrupted, LimitReached, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
@@ -28,7 +27,7 @@ from dist_ft.storage.filesystem import Store, is_local
 from dist_ft.storage.retry import retry_limit
 
 log = logging.getLogger("dist_ft.metrics")
-FOLDER = TIMES
+FOLDER = attempts.TIME
 Phase = Literal["start", "compute", "evaluation", "data", "save", "other", "lost"]
 PHASES: tuple[Phase, ...] = ("start", "compute", "evaluation", "data", "save", "other", "lost")
 WORK_PHASES: tuple[Phase, ...] = ("compute", "evaluation", "data", "other")
@@ -48,6 +47,8 @@ class TimeRecord(TypedDict):
         resumed_at: number of steps that were done when the attempt started training.
         seconds: {phase: seconds}.
         marks: [step, seconds at that time] of the latest saves.
+        committed: step of the latest checkpoint that this attempt committed in storage; absent
+            before the first.
     """
 
     ended: NotRequired[str]
@@ -55,6 +56,7 @@ class TimeRecord(TypedDict):
     resumed_at: int | None
     seconds: dict[Phase, float]
     marks: list[list[Any]]
+    committed: NotRequired[int]
 
 
 class TimeLedger:
@@ -75,6 +77,7 @@ class TimeLedger:
         self._since_s = time.monotonic()
         self._resumed_at: int | None = None
         self._marks: dict[int, dict[Phase, float]] = {}
+        self._committed: int | None = None
         self._lock = threading.Lock()
 
     def enter(self, phase: Phase) -> None:
@@ -105,6 +108,16 @@ class TimeLedger:
             # A run may save many thousand times, and the whole record is written each time.
             for old in list(self._marks)[:-MAX_MARKS]:
                 del self._marks[old]
+
+        self.changed.set()
+
+    def record_commit(self, step: int) -> None:
+        """Record that a checkpoint of `step` steps was committed in storage.
+
+        Should it vanish, later starts say so (`checkpoint.discovery`).
+        """
+        with self._lock:
+            self._committed = step
 
         self.changed.set()
 
@@ -141,6 +154,8 @@ class TimeLedger:
                 seconds=_rounded(self._seconds),
                 marks=[[step, _rounded(spent)] for step, spent in self._marks.items()],
             )
+            if self._committed is not None:
+                record["committed"] = self._committed
             if self.end_reason:
                 record["ended"] = self.end_reason
 
@@ -211,7 +226,7 @@ class _Writer:
         try:
             with retry_limit(1, WRITE_TIMEOUT_S):
                 # A worker that a newer attempt has replaced may still run for a while.
-                if discovery.latest_attempt(self._store) <= self._attempt:
+                if attempts.latest_record(self._store) <= self._attempt:
                     record = {"attempt": self._attempt, **self._ledger.to_json()}
                     self._store.write(
                         f"{FOLDER}/{self._attempt:06d}.json", json.dumps(record).encode()

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.errors import ConfigError
+from dist_ft.core import private_folders
+from dist_ft.core.errors import ConfigError, FolderError
 from dist_ft.core.logs import redact
+from dist_ft.core.redaction import redact_values
 
 log = logging.getLogger("dist_ft.metrics")
 MLFLOW_TAG = "dist_ft.run"
@@ -70,6 +72,7 @@ class Trackers:
 
         Raises:
             ConfigError: lists each tracker that is not installed or rejects its settings.
+            FolderError: the folder for its files is not safe to use.
         """
         missing = list(missing_trackers(config))
         if missing:
@@ -86,6 +89,8 @@ class Trackers:
             # Any exception: trackers raise those of their own HTTP clients, and more.
             try:
                 opened.append(start(config, url, cache))
+            except FolderError:
+                raise
             except Exception as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 reason = lines[0]
@@ -141,8 +146,12 @@ def _start_wandb(config: RunConfig, url: str, cache: Path) -> Tracker:
     import wandb
 
     section = config.log.wandb
-    folder = Path(section.folder).expanduser() if section.folder else cache / "wandb"
-    folder.mkdir(parents=True, exist_ok=True)
+    if section.folder:
+        folder = Path(section.folder).expanduser()
+        private_folders.require_safe(folder, "log.wandb.folder")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = private_folders.open_part(cache, "wandb", "data.cache_dir")
     run = wandb.init(
         project=section.project,
         entity=section.entity,
@@ -151,7 +160,7 @@ def _start_wandb(config: RunConfig, url: str, cache: Path) -> Tracker:
         id=_run_id(url),
         name=config.run.name,
         resume="allow",
-        config=config.model_dump(mode="json"),
+        config=redact_values(config.model_dump(mode="json")),
         settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
     )
 

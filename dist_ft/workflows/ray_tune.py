@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.search import Range, Search, SearchSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import ConfigError
 from dist_ft.metrics.best import LOWER_IS_BETTER
 from dist_ft.runtime.ray_backend.driver import connected
@@ -68,7 +68,7 @@ def run(
 
     _configure_ray_tune()
     mode = "min" if base.checkpoint.best_by in LOWER_IS_BETTER else "max"
-    with connected(base), tempfile.TemporaryDirectory(prefix="dist-ft-tune-") as scratch:
+    with connected(base), scratch.folder("tune") as results:
         import ray.tune as tune
 
         # Ray Tune has lower-case names for CPUs and GPUs. It passes all other names on to Ray.
@@ -99,7 +99,10 @@ def run(
                 num_samples=num_samples,
             ),
             run_config=tune.RunConfig(
-                name=section.name, storage_path=scratch, verbose=0, callbacks=[_callback(listener)]
+                name=section.name,
+                storage_path=str(results),
+                verbose=0,
+                callbacks=[_callback(listener)],
             ),
         ).fit()
 

@@ -20,13 +20,14 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.stages import Stages, with_scoring_data
 from dist_ft.config.task_facts import task_class
 from dist_ft.core import fault_injection
-from dist_ft.core.errors import ConfigError
+from dist_ft.core.errors import CheckpointError, ConfigError
 from dist_ft.core.json_documents import encode_json, interpreting
 from dist_ft.inference.evaluate import evaluate_models
 from dist_ft.runtime.bootstrap.labels import collect_labels
 from dist_ft.storage import filesystem
 from dist_ft.storage.documents import read_json_object
 from dist_ft.storage.filesystem import Store
+from dist_ft.storage.stored_json import read_stored_json
 from dist_ft.training.result import Result
 from dist_ft.workflows import stages_report
 from dist_ft.workflows.stages_report import StagesReport
@@ -188,7 +189,8 @@ def _score(stages: Stages, store: Store, trained: int, held_out: int) -> StoredS
     # The config of a later stage, whose data is scored, may have changed since.
     digest = _digest(scored_config)
     if store.exists(path):
-        stored = cast(StoredScore, read_json_object(store, path))
+        remedy = "Remove it: the score is computed again."
+        stored = cast(StoredScore, read_stored_json(store, path, dict, remedy))
         if stored.get("of") == digest:
             return stored
 
@@ -227,8 +229,12 @@ def _head_labels(run: RunConfig) -> list[str]:
 def _read_states(store: Store) -> list[StageState]:
     if not store.exists(STATE):
         return []
-    with interpreting(store.redacted_url(STATE)):
-        states: list[StageState] = list(read_json_object(store, STATE)["stages"])
+    remedy = "Restore it from a copy, or use another name for the stages."
+    states = read_stored_json(store, STATE, dict, remedy).get("stages")
+    if not isinstance(states, list):
+        raise CheckpointError(
+            f"{store.redacted_url(STATE)}: the file is damaged (it holds no stages). {remedy}"
+        )
     return states
 
 

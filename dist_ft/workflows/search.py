@@ -125,8 +125,9 @@ class Journal:
         if not self.store.exists(STATE):
             return
 
-        with interpreting(self.store.redacted_url(STATE)):
-            stored = _migrate(read_json_object(self.store, STATE))
+        remedy = "Restore it from a copy, or use another search.name."
+        with interpreting(self.store.redacted_url(STATE), remedy):
+            stored = _migrate(read_json_object(self.store, STATE, remedy))
             require_same(self.search, self.base, stored)
 
             # JSON has lists where `Trial` has tuples

@@ -216,7 +216,7 @@ COMMANDS = [
     ("runs", "report", "RUN", "--out", "OUT"),
     ("runs", "verify", "RUN"),
     ("runs", "prune", "RUN"),
-    ("predict", "RUN", "rows.jsonl", "--out", "OUT.jsonl"),
+    ("predict", "RUN", "rows.jsonl", "--out", "OUT.jsonl", "--max-new-tokens", "2"),
     ("generate", "RUN", "--prompt", "say", "--max-new-tokens", "2"),
     ("evaluate", "good.yaml", "--model", "RUN"),
     (
@@ -225,7 +225,7 @@ COMMANDS = [
         "run.name=next",
         "model.path=RUN",
         "schedule.epochs=null",
-        "schedule.steps=1",
+        "schedule.steps=3",
     ),
 ]
 

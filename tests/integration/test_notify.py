@@ -135,8 +135,10 @@ def test_hang_of_a_single_process_is_reported_before_the_watchdog_ends_it(base: 
     with webhook.serve(200) as server:
         ended = train(base, config, server.url, DIST_FT_FAILPOINT="train.step:3!sleep")
         assert ended.returncode == 75, ended.stderr[-3000:]
-        assert [request["event"] for request in server.requests] == ["no_progress", "give_up"]
-    standstill, end = from_command(base, "hung")
+        # On a busy machine the start is a standstill too.
+        events = [request["event"] for request in server.requests]
+        assert events[-2:] == ["no_progress", "give_up"] and events.count("give_up") == 1
+    standstill, end = from_command(base, "hung")[-2:]
     assert standstill["message"] == "no progress for 2 s; the last step was 2"
     assert end["event"] == "give_up" and "cluster.progress_timeout_s=6" in end["message"]
 

@@ -19,9 +19,10 @@ from typing import Any, Literal, NamedTuple
 
 from dist_ft.cluster.jobs.job_server import JobInfo
 from dist_ft.cluster.jobs.package import Package, is_excluded
+from dist_ft.config.credentials import find_credential, require_no_credentials
 from dist_ft.config.load import load_config, to_mapping
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.logs import SECRET_NAME
+from dist_ft.core.secret_names import is_secret_variable
 from dist_ft.storage import filesystem
 
 ProjectLocation = Literal["package", "local", "image"]
@@ -84,7 +85,7 @@ class Request:
             *self.command,
         ]
 
-        # The token itself is not printed: Ray reads it where `job_server.find_token` does.
+        # The token itself is not printed: Ray reads it where `ray_token.find_token` does.
         prefix = "RAY_AUTH_MODE=token " if with_token else ""
         return prefix + shlex.join(words)
 
@@ -130,7 +131,13 @@ def create_request(
 
 
 def inline_config(config: RunConfig) -> str:
-    """Return the config as JSON that `load_config` accepts, without the cluster's address."""
+    """Return the config as JSON that `load_config` accepts, without the cluster's address.
+
+    Raises:
+        ConfigError: it holds a credential, which the command would show to all of the cluster.
+    """
+    require_no_credentials(config, f"submit {config.run.name}")
+
     # A field that differs from its default only because another field is set is left out, and then
     # the short form gives another config.
     document = config.model_dump(mode="json", exclude_defaults=True)  # short: people read it
@@ -191,15 +198,16 @@ def exit_code(job: JobInfo) -> int:
 
 def find_variable_problems(assignments: Sequence[str]) -> Iterator[str]:
     """Yield a line for each malformed or secret `--env`: a cluster shows them to all users."""
-    for text in assignments:
+    for number, text in enumerate(assignments, 1):
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            # Not quoted: a text without a name may be the value.
             yield (
-                f"--env: {name}: not of the form NAME=VALUE. "
-                "Write for example --env NCCL_DEBUG=INFO."
+                f"--env: number {number} is not of the form NAME=VALUE. Write for example --env "
+                "NCCL_DEBUG=INFO."
             )
-        # a harmless name may carry a URL with user and password
-        elif SECRET_NAME.search(name) or ("://" in value and "@" in value):
+        # A harmless name may carry a URL with a password, or a key of a service.
+        elif is_secret_variable(name) or find_credential(name, value):
             yield (
                 f"--env {name}: looks like a credential, and Ray shows a job's environment to all "
                 "users of the cluster. Give it to the nodes instead (a service account, a "

@@ -1,8 +1,7 @@
 """The job server of a Ray cluster (its dashboard) over HTTP: its jobs, versions and nodes.
 
 Guarantees: every request has a time limit; an error is one line that names the address and the
-remedy; the token is read where Ray reads it (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH,
-~/.ray/auth_token) and never shown. Imports no Ray.
+remedy; the token (`ray_token`) is never shown. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -14,26 +13,22 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 from urllib.parse import quote, urlsplit
 
+from dist_ft.cluster.jobs.ray_token import TOKEN_HELP, find_token
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, WorkerError
 from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
+from dist_ft.core.secret_forms import url_spans
 from dist_ft.runtime.ray_backend.placement import worker_resources
-from dist_ft.storage.local_files import read_regular
 
 DEFAULT_URL = "http://127.0.0.1:8265"
 REQUEST_TIMEOUT_S = 30.0
 OLDEST_RAY = (2, 60)
 """The minimum version of Ray, as in pyproject.toml."""
 OWN_PYTHON = ".".join(map(str, sys.version_info[:2]))
-TOKEN_HELP = (
-    "Set RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN (for "
-    'launch/cluster.sh: eval "$(./launch/cluster.sh env)").'
-)
 
 
 class UnreachableError(WorkerError):
@@ -109,6 +104,16 @@ def resolve_url(address: str | None) -> str:
         default = ray_address
     url = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or default).rstrip("/")
 
+    # Other users of this machine see the arguments of a command; and it is sent to Ray's logs.
+    if address and (any(url_spans(address)) or "@" in address):
+        raise ConfigError(
+            [
+                "--address: holds a user name, password or token. Allowed: http://HOST:8265 (or "
+                f"https://...) without one. {TOKEN_HELP}"
+            ],
+            "submit",
+        )
+
     # `parts.port` raises ValueError for what is not a port number
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
@@ -122,33 +127,6 @@ def resolve_url(address: str | None) -> str:
         ],
         "submit",
     )
-
-
-def find_token() -> str | None:
-    """Return the token that Ray would send, or None.
-
-    Raises:
-        ConfigError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
-    """
-    token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
-    if token or os.environ.get("RAY_AUTH_MODE", "token") == "disabled":
-        return token or None
-
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    try:
-        file = Path(path) if path else Path.home() / ".ray/auth_token"
-        return read_regular(file, 2**16).decode().strip() or None
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        # RuntimeError: there is no home folder. Only a file that was named must exist.
-        if path:
-            raise ConfigError(
-                [
-                    f"RAY_AUTH_TOKEN_PATH={path}: cannot be read ({error}). It must name a file "
-                    "with the cluster's token."
-                ],
-                "submit",
-            ) from error
-        return None
 
 
 class Server:

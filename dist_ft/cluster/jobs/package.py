@@ -112,7 +112,8 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     """Return whether a relative path, or a folder above it, matches a pattern."""
     parts = Path(path).parts
     for pattern in patterns:
-        # as in .gitignore: a slash at the end does not anchor a pattern
+        # as in .gitignore: at any depth, and a slash at the end does not anchor a pattern
+        pattern = pattern.removeprefix("**/")
         is_anchored = "/" in pattern.rstrip("/")
 
         for depth, name in enumerate(parts):

@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote
 
-from dist_ft.core.logs import SECRET_NAME
+from dist_ft.core.secret_names import is_secret_variable
 
 CHUNK_BYTES = 2**20
 """How much of a file is in memory at once."""
@@ -115,7 +115,7 @@ def secret_variables() -> dict[str, str]:
     for name, value in os.environ.items():
         # a path is public
         is_path = name.endswith(("_PATH", "_FILE"))
-        if len(value) >= MIN_VALUE_LENGTH and SECRET_NAME.search(name) and not is_path:
+        if len(value) >= MIN_VALUE_LENGTH and is_secret_variable(name) and not is_path:
             variables[name] = value
     return variables
 
@@ -162,6 +162,7 @@ class SecretScanner:
         self.found: str | None = None
         self._variables = variables
         self._end = b""
+        self._is_utf16: bool | None = None  # not known before the first chunk
         self._overlap = max(OVERLAP_BYTES, *map(len, variables)) if variables else OVERLAP_BYTES
 
         # Code and texts may contain the marker as a pattern, as this module does.
@@ -173,6 +174,11 @@ class SecretScanner:
         """Search the next part of the file; parts are of any size."""
         if self.found:
             return
+        if self._is_utf16 is None:
+            self._is_utf16 = chunk.startswith((b"\xff\xfe", b"\xfe\xff"))
+        if self._is_utf16:
+            # as a text of one byte a character, in which all credentials are written
+            chunk = chunk.replace(b"\0", b"")
         content = self._end + chunk
         self.found = self._search(content)
         self._end = content[-self._overlap :]

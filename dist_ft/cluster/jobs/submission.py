@@ -139,7 +139,7 @@ def prepare(config: RunConfig, options: Options, print_line: PrintLine) -> Prepa
     excludes = (*package.EXCLUDES, *options.excludes)
     packed = package.PackedProject()
     if location == "package":
-        packed = package.pack(folder, excludes, cache_folder(None) / "packages")
+        packed = package.pack(folder, excludes, cache_folder(None, "packages"))
         problems += packed.problems
 
     project = Project(location, folder, excludes, packed.package)

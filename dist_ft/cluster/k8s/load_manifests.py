@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from dist_ft.config.document import without_values
 from dist_ft.core import yaml_documents
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.printable import printable_line, shorten
@@ -139,8 +140,9 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
     except yaml.YAMLError as error:
         place = yaml_documents.where(error).rstrip(": ")
         line = f" {place}" if place else ""
-        reason = yaml_documents.reason(error)
-        raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from error
+        # What the parser quotes may be a part of a Secret.
+        reason = without_values(yaml_documents.reason(error))
+        raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from None
 
     # YAML would silently use the last of them.
     if duplicates:

@@ -9,7 +9,10 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from dist_ft.config.credentials import find_credentials
+from dist_ft.config.error_messages import format_value
 from dist_ft.core.errors import ConfigError
+from dist_ft.core.secret_names import is_plain_name
 
 DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 """Names of most Kubernetes objects (RFC 1123)."""
@@ -61,6 +64,8 @@ def _require_host_and_port(text: str) -> str:
     return text
 
 
+REFERENCES = ("secret", "token_secret", "redis_secret")
+"""Options that name a Secret."""
 Image = Annotated[str, AfterValidator(_require_pinned_image)]
 NodeLabel = Annotated[str, AfterValidator(_require_node_label)]
 HostAndPort = Annotated[str, AfterValidator(_require_host_and_port)]
@@ -162,8 +167,11 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals or name not in Options.model_fields:
+            # Neither the value nor, without a "=", the text is quoted: both may be a credential.
+            is_quotable = name in Options.model_fields or (equals and is_plain_name(name))
+            shown = name if is_quotable else "..."
             problems.append(
-                f"--set={assignment}: unknown option. Use NAME=VALUE with one of these names: "
+                f"--set={shown}: unknown option. Use NAME=VALUE with one of these names: "
                 f"{', '.join(Options.model_fields)}."
             )
         # the only option with several values; pydantic converts the text of all others
@@ -172,6 +180,14 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
         else:
             values[name] = value
 
+    # Names of Secrets are options, their values are not.
+    for finding in find_credentials(
+        {name: values[name] for name in values if name not in REFERENCES}
+    ):
+        problems.append(finding.line)
+    if problems:
+        raise ConfigError(problems, "k8s render")
+
     try:
         options = Options.model_validate(values)
     except ValidationError as error:
@@ -179,8 +195,10 @@ def parse_options(named: Mapping[str, object], assignments: Sequence[str] = ()) 
             # Our validators say what to do themselves; pydantic's messages only say what is wrong.
             message = detail["msg"].removeprefix("Value error, ").rstrip(".")
             advice = "" if detail["type"] == "value_error" else ". Correct it"
-            problems.append(f"{detail['loc'][0]}={detail['input']}: {message}{advice}.")
+            field = str(detail["loc"][0])
+            shown = "" if field == "redis" else f"={format_value(detail['input'])}"
+            problems.append(f"{field}{shown}: {message}{advice}.")
 
-    if problems:
-        raise ConfigError(problems, "k8s render")
+        # Not within the handler: pydantic's own text would be shown with it.
+        raise ConfigError(problems, "k8s render") from None
     return options

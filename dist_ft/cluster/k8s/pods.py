@@ -11,6 +11,7 @@ from typing import Any
 from dist_ft.cluster.k8s.options import Options
 from dist_ft.cluster.k8s.sizing import GIB, OBJECT_STORE_BYTES, SHUTDOWN_S, Sizing
 from dist_ft.config.schema import RunConfig
+from dist_ft.core.private_folders import SHARED_FOLDERS
 
 Json = dict[str, Any]
 CONFIG_MOUNT = "/etc/dist_ft"
@@ -59,7 +60,7 @@ def run_labels(config: RunConfig, component: str | None = None) -> dict[str, str
 def head_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
     """Return the head's template; it runs driver, dashboard and job, and no workers."""
     container = {
-        **_container("ray-head", options),
+        **_container("ray-head", options, CACHE_MOUNT),
         "resources": _resources(HEAD_CPUS, HEAD_MEMORY_GIB, HEAD_DISK_GIB),
         "ports": [{"name": name, "containerPort": port} for name, port in RAY_PORTS.items()],
         "volumeMounts": [
@@ -93,7 +94,7 @@ def worker_template(config: RunConfig, options: Options, sizes: Sizing) -> Json:
         tolerations = [{"key": options.gpu_resource, "operator": "Exists", "effect": "NoSchedule"}]
 
     container = {
-        **_container("ray-worker", options),
+        **_container("ray-worker", options, cache),
         "resources": _resources(sizes.cpus_per_pod, sizes.memory_gib, sizes.disk_gib, gpus),
         "ports": [{"name": "metrics", "containerPort": RAY_PORTS["metrics"]}],
         "volumeMounts": _mounts(options, cache),
@@ -173,13 +174,18 @@ def _pod(options: Options, component: str, automount: bool = False) -> Json:
     }
 
 
-def _container(name: str, options: Options) -> Json:
+def _container(name: str, options: Options, cache: str) -> Json:
     return {
         "name": name,
         "image": options.image,
         "imagePullPolicy": "IfNotPresent",
         "securityContext": SECURITY,
-        "env": [{"name": "PYTHONUNBUFFERED", "value": "1"}],
+        "env": [
+            {"name": "PYTHONUNBUFFERED", "value": "1"},
+            # Kubernetes mounts volumes as folders of root that every user may write to. A pod has
+            # no other users.
+            {"name": SHARED_FOLDERS, "value": cache},
+        ],
         # optional: a run that needs no credentials starts without the Secret
         "envFrom": [{"secretRef": {"name": options.secret, "optional": True}}],
     }

@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from dist_ft.cluster.k8s.load_manifests import Problem, lookup
-from dist_ft.core.logs import QUERY_SECRET, SECRET_NAME, USERINFO
+from dist_ft.core.secret_forms import is_aws_secret, key_spans, url_spans
+from dist_ft.core.secret_names import is_secret_variable
 
-KNOWN_FORMS = re.compile(
-    r"\b(AKIA[0-9A-Z]{16}|hf_[A-Za-z0-9]{30,}|ghp_[A-Za-z0-9]{36}|xox[bp]-[0-9A-Za-z-]{20,})|"
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 ASSIGNMENT = re.compile(
     r"^\s*(?:export )?([A-Z][A-Z0-9_]+)\s*[:=]\s*['\"]?[^\s'\"{$]", re.MULTILINE
 )
@@ -56,7 +53,7 @@ def find_secrets(content: dict[str, Any]) -> Iterator[Problem]:
 
         # configs and scripts in one string, such as the data of a ConfigMap
         for variable in ASSIGNMENT.findall(text.value):
-            if SECRET_NAME.search(variable):
+            if is_secret_variable(variable):
                 yield Problem(f"{text.path} ({variable})", MESSAGE)
 
 
@@ -66,13 +63,13 @@ def _is_secret(text: _Text) -> bool:
 
     # A field such as `secretName` refers to a secret and does not contain it, so
     # only upper-case names count: those of environment variables.
-    if variable.isupper() and SECRET_NAME.search(variable):
+    if variable.isupper() and is_secret_variable(variable):
         return True
 
     if field == "redis-password" or text.path.endswith("redisPassword.value"):
         return True
 
-    return any(form.search(text.value) for form in (KNOWN_FORMS, USERINFO, QUERY_SECRET))
+    return any(url_spans(text.value)) or any(key_spans(text.value)) or is_aws_secret(text.value)
 
 
 def _iter_texts(value: Any, path: str, sibling_name: str) -> Iterator[_Text]:

@@ -1,8 +1,9 @@
 """All checks of a config for contradictions between its fields.
 
 Each check is one small pure function to lines. Checks of one section are in `sections`, those of
-several in the other modules here, those of `zero.deepspeed` in `deepspeed_keys`, and those for
-credentials in `config.credentials`. `runtime.preflight` checks whether model, data and machine fit.
+several in the other modules here, and those of `zero.deepspeed` in `deepspeed_keys`.
+`config.credentials` looks for credentials, `runtime.preflight` checks whether model, data and
+machine fit.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 from dist_ft.config.checks import data, evaluation, prompting, task, tuning, workers
 from dist_ft.config.checks.deepspeed_keys import deepspeed_problems
-from dist_ft.config.credentials import secret_problems
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections import batch as batch_section
 from dist_ft.config.sections import checkpoint as checkpoint_section
@@ -87,5 +87,4 @@ CHECKS: tuple[Check, ...] = (
     *data.CHECKS,
     *evaluation.CHECKS,
     deepspeed_problems,
-    secret_problems,
 )

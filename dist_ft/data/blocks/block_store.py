@@ -27,6 +27,7 @@ from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Shard, require_unchanged
+from dist_ft.storage import local_files
 
 LOCK_TIMEOUT_S = 1800.0
 SMALL_BYTES = 8 * 2**20
@@ -276,10 +277,10 @@ class BlockStore:
 
     def _tokenize(self, numbers: Sequence[int]) -> None:
         """Tokenize blocks; one process of this machine at a time."""
-        from filelock import FileLock, Timeout
+        from filelock import Timeout
 
-        lock = FileLock(self.path(numbers[0]).with_suffix(".lock"))
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = local_files.file_lock(str(self.path(numbers[0]).with_suffix(".lock")))
         try:
             lock.acquire(timeout=LOCK_TIMEOUT_S)
         except (Timeout, NotImplementedError):

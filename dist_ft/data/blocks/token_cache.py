@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_ft.core import scratch
 from dist_ft.core.json_documents import decode_json
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.block import Block
@@ -40,8 +41,7 @@ from dist_ft.data.sources.discovery import Shard
 FORMAT = 2
 """Version of cached content. Raise it when the same inputs give other tokens, targets or layout."""
 MAX_OPEN_FILES = 65536
-TEMPORARY_SUFFIX = ".tmp-"
-"""Part of the names of files that are being written."""
+SUFFIX = ".safetensors"
 STALE_S = 3600.0
 """A temporary file that was not written to for this long was left by a killed writer."""
 
@@ -167,16 +167,12 @@ def write_block(path: Path, encoded: EncodedRows, limit_bytes: float = float("in
 
 
 def _write_atomically(path: Path, body: bytes) -> None:
-    # In the same folder, as a rename is atomic only within one file system; with the process id, as
-    # two processes may write the same block if locks do not work.
-    temporary = path.with_suffix(f"{TEMPORARY_SUFFIX}{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            # Not forced to disk: the checksum reveals a torn file, which is then rebuilt.
-            file.write(body)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # In the same folder, as a rename is atomic only within one file system.
+    with scratch.new_file(path) as temporary:
+        # Not forced to disk: the checksum reveals a torn file, which is then rebuilt.
+        temporary.file.write(body)
+        temporary.file.flush()
+        os.replace(temporary.path, path)
 
 
 def evict(folder: Path, limit_bytes: float) -> int:
@@ -198,11 +194,14 @@ def evict(folder: Path, limit_bytes: float) -> int:
         except FileNotFoundError:
             continue  # another process evicts at the same time
 
+        # By age: files of version 0.1.0, and those on a disk without locks.
         is_stale = status.st_mtime < time.time() - STALE_S
-        if entry.name.endswith(".safetensors"):
+        if entry.name.endswith(SUFFIX):
             blocks.append((status.st_mtime, status.st_size, entry.path))
-        elif TEMPORARY_SUFFIX in entry.name and is_stale:
+        elif scratch.NEW_FILE in entry.name and is_stale:
             Path(entry.path).unlink(missing_ok=True)
+        elif f"{SUFFIX}{scratch.NEW_FILE}" in entry.name or entry.name.endswith(".lock"):
+            scratch.remove_abandoned(Path(entry.path))
 
     # `load_block` sets the time of a file that it opens, so the order is that of last use.
     total_bytes = sum(size for _, size, _ in blocks)

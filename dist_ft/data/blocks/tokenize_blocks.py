@@ -27,6 +27,7 @@ from dist_ft.config.schema import DataSection, PromptingSection, TaskSection
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core.errors import DataError, DistFtError, ModelError, SentError
 from dist_ft.core.logs import redact
+from dist_ft.core.output import redact_output
 from dist_ft.data.block import Block, ShardRange
 from dist_ft.data.blocks.token_cache import compute_fingerprint, write_block
 from dist_ft.data.encoding.chat import Encoder
@@ -211,6 +212,7 @@ def run_task(encoder: Encoder, task: BlockTask, limit_bytes: float) -> None:
 
 def main() -> None:
     """Run tasks from standard input until it ends."""
+    redact_output()
     # Ctrl-C reaches the whole process group; the parent decides what ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

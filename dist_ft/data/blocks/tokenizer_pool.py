@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
 from typing import Any
 
+from dist_ft.core import scratch
 from dist_ft.core.errors import DataError, SentError, StorageError
 from dist_ft.data.blocks.tokenize_blocks import BlockTask, TaskResult, describe_encoder
 from dist_ft.data.encoding.chat import Encoder
@@ -46,7 +45,7 @@ class TokenizerPool:
         for _ in range(size):
             self._idle.put(None)
 
-        self._folder: str | None = None
+        self._folder: scratch.Scratch | None = None
         self._started: list[subprocess.Popen[str]] = []
         self._closed = False
         self._lock = Lock()
@@ -105,7 +104,7 @@ class TokenizerPool:
                 process.wait()
 
             if self._folder:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._folder.remove()
 
     def _start(self) -> subprocess.Popen[str]:
         """Start a process and register it for `close`.
@@ -123,11 +122,11 @@ class TokenizerPool:
             # All processes load the tokenizer from this folder, saved once: the tokenizer in memory
             # may have a template that no file of the model has.
             if self._folder is None:
-                self._folder = tempfile.mkdtemp(prefix="dist_ft-tokenizer-")
-                self._encoder.tokenizer.save_pretrained(self._folder)
+                self._folder = scratch.create("tokenizer")
+                self._encoder.tokenizer.save_pretrained(self._folder.path)
 
             self._started = [process for process in self._started if process.poll() is None]
-            self._started.append(self._spawn(self._folder))
+            self._started.append(self._spawn(str(self._folder.path)))
             return self._started[-1]
 
     def _spawn(self, folder: str) -> subprocess.Popen[str]:

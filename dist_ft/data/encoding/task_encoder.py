@@ -90,7 +90,7 @@ class TaskEncoder(Encoder):
         try:
             encodings = self._tokenize(list(samples.values()))
         except UntokenizableError:
-            self._remove_untokenizable(samples, RowLocation(url, first), bad_rows)
+            self._drop_untokenizable(samples, RowLocation(url, first), bad_rows)
             encodings = self._tokenize(list(samples.values()))
         encoded = [LabeledTokens([], np.zeros(0, np.int32))] * len(rows)
         for (index, sample), encoding in zip(samples.items(), encodings, strict=True):
@@ -101,7 +101,7 @@ class TaskEncoder(Encoder):
 
         return encoded
 
-    def _remove_untokenizable(
+    def _drop_untokenizable(
         self, samples: dict[int, Sample], location: RowLocation, bad_rows: list[str]
     ) -> None:
         """Remove the samples that the tokenizer cannot take; `location` is the first row's."""

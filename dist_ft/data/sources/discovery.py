@@ -18,6 +18,7 @@ from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line, shorten
+from dist_ft.core.redaction import holds_secret
 from dist_ft.data.sources import hub
 from dist_ft.storage import filesystem
 
@@ -101,8 +102,8 @@ def discover_shards(
     for source in sources:
         field_value = f"{field}={printable_line(redact(source.path))}"
 
-        # `redact` changes nothing but credentials. URLs are stored in the index of the run.
-        if redact(source.path) != source.path:
+        # URLs are stored in the index of the run.
+        if holds_secret(source.path):
             raise DataError(
                 f"{field_value}: holds a credential. Credentials are not allowed in a config. Set "
                 "it in the environment."

@@ -19,13 +19,14 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
-from dist_ft.core.errors import ModelError
+from dist_ft.core import private_folders
+from dist_ft.core.errors import FolderError, ModelError
 from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line
-from dist_ft.storage import filesystem, places
+from dist_ft.storage import filesystem, local_files, places
 from dist_ft.storage.error_messages import UnusableFileError
 from dist_ft.storage.local_files import read_regular, require_regular_files
 
@@ -37,6 +38,8 @@ MARKER = ".complete"
 BRANCH_MAX_AGE_S = 600.0
 """Age after which a branch or tag of the hub is requested again; commits never are."""
 MAX_ATTEMPTS = 2
+CachePart = Literal["models", "tokens", "wandb", "packages"]
+"""The folders in data.cache_dir."""
 _MD5 = re.compile(r'^"?([0-9a-f]{32})"?$')
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 
@@ -65,9 +68,33 @@ class _Marker(TypedDict, total=False):
     at: float
 
 
-def cache_folder(configured: str | None) -> Path:
-    """Return the local folder for downloaded models and tokenized shards."""
+def cache_root(configured: str | None) -> Path:
+    """Return the folder that `data.cache_dir` names, which need not exist."""
     return Path(configured or "~/.cache/dist_ft").expanduser()
+
+
+def cache_folder(configured: str | None, part: CachePart) -> Path:
+    """Return the local folder for one kind of cached files, created if it is missing.
+
+    Raises:
+        FolderError: others own it or may write to it.
+    """
+    return private_folders.open_part(cache_root(configured), part, "data.cache_dir")
+
+
+def create_in_cache(folder: Path) -> None:
+    """Create a folder for one model in `cache_folder`, unless it exists.
+
+    Raises:
+        FolderError: the cache is full, broken, or shared and read-only for this user.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise FolderError(
+            f"data.cache_dir: {folder} cannot be created ({error.strerror}). A new model needs a "
+            "cache that this user can write to. Set data.cache_dir to a folder of your own."
+        ) from error
 
 
 def fetch_model(
@@ -84,9 +111,8 @@ def fetch_model(
     Raises:
         ModelError: no model is there, or its files arrive damaged.
     """
-    cache = cache_folder(cache_dir) / "models"
     if not filesystem.is_local(path):
-        return _from_bucket(path, cache, weights)
+        return _from_bucket(path, cache_folder(cache_dir, "models"), weights)
     local = filesystem.local_path(path)
     if os.path.isdir(local):
         _require_regular_files(local, path)
@@ -98,7 +124,7 @@ def fetch_model(
             f"model.path={path}: the folder does not exist. Give a model folder, an fsspec URL of "
             "one, or a hub name such as org/name."
         )
-    return _from_hub(path, revision, cache, weights)
+    return _from_hub(path, revision, cache_folder(cache_dir, "models"), weights)
 
 
 def require_base_near(base: str, adapter: str) -> None:
@@ -323,11 +349,17 @@ def _hash(text: str) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Create a folder of the cache and hold its lock."""
-    from filelock import FileLock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    create_in_cache(folder)
+    with local_files.locked(f"{folder}.lock"):
+        _remove_leftovers(folder)
         yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove marker files of a killed process, which held the lock that this one holds now."""
+    with contextlib.suppress(OSError):  # a shared cache may be read-only
+        for path in folder.glob(f"{local_files.HIDDEN}*"):
+            path.unlink()
 
 
 def _read_marker(path: Path) -> _Marker:
@@ -343,6 +375,4 @@ def _read_marker(path: Path) -> _Marker:
 
 
 def _write_marker(path: Path, marker: _Marker) -> None:
-    from dist_ft.storage.local_files import write_file
-
-    write_file(str(path), json.dumps(marker).encode())
+    local_files.write_file(str(path), json.dumps(marker).encode())

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.sections.task import TaskSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import ModelError
 from dist_ft.model import heads
 from dist_ft.pretrained import pretrained_model, weight_files
 from dist_ft.pretrained.pretrained_model import Source
+from dist_ft.storage import local_files
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,6 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
         ModelError: the head has no row for each label, or its weights are not in the files.
     """
     import xxhash
-    from filelock import FileLock
 
     own = own_labels(folder, task)
     if not own or own == task.labels:
@@ -95,14 +95,13 @@ def grow_head(folder: str, task: TaskSection, seed: int, cache: Path) -> str:
     # The name of the result follows from everything it depends on.
     key = json.dumps([str(Path(folder).absolute()), files, task.name, task.labels, seed])
     target = cache / f"grown-{xxhash.xxh3_128_hexdigest(key.encode())}"
-    cache.mkdir(parents=True, exist_ok=True)
 
     # All workers of a node need the folder at the same time; one of them writes it.
-    with FileLock(f"{target}.lock"):
+    with local_files.locked(f"{target}.lock"):
         if not target.exists():
             # Renamed when complete, so that a crash leaves no partial folder.
-            with tempfile.TemporaryDirectory(dir=cache, prefix=".grown-") as temporary:
-                copy = Path(temporary) / "model"
+            with scratch.folder_next_to(target, "grown") as temporary:
+                copy = temporary / "model"
                 copy.mkdir()
                 for name in pretrained_model.file_names(_source(folder)):
                     (copy / name).parent.mkdir(exist_ok=True)

@@ -13,13 +13,13 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.config.schema import ModelSection, RunConfig, TaskSection
+from dist_ft.core import scratch
 from dist_ft.core.errors import MAX_LINE, ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.model.adapters import tuning
@@ -74,7 +74,8 @@ def with_local_config(section: ModelSection, file: str | None = None) -> Iterato
 
     Its attention is one that needs no package. Errors name the original path.
     """
-    with tempfile.TemporaryDirectory(prefix="dist_ft-outline-") as folder:
+    with scratch.folder("outline") as path:
+        folder = str(path)
         if file is None:
             found, shown_path = _find_config(section, folder), section.path
         else:

@@ -38,10 +38,15 @@ TRAINING_FIELD = "data.train"
 
 @dataclass(frozen=True)
 class Loaders:
-    """The loaders of a run over training data and held-out data (None without any)."""
+    """The loaders of a run over training data and held-out data (None without any).
+
+    Attributes:
+        is_new: whether the run had no index of its training data yet, or had lost it.
+    """
 
     training: Loader
     evaluation: Loader | None
+    is_new: bool
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -72,6 +77,8 @@ def build_loaders(
 
     Every rank gets the same index or the same error.
     """
+    index = f"{FOLDER}/{TRAINING_FIELD}.json"
+    is_new = on_rank0(world, collectives, lambda: not store.exists(index))
     training = build_training_loader(run, store, world, collectives)
 
     evaluation = None
@@ -79,7 +86,7 @@ def build_loaders(
         evaluation = build_held_out_loader(
             run, run.config.evaluation.data, store, world, collectives
         )
-    return Loaders(training, evaluation)
+    return Loaders(training, evaluation, is_new)
 
 
 def build_training_loader(
@@ -159,7 +166,7 @@ def _block_store(
         )
 
     # All runs of a node share this cache: its file names are hashes of everything in them.
-    folder = cache_folder(config.data.cache_dir) / "tokens"
+    folder = cache_folder(config.data.cache_dir, "tokens")
     return BlockStore(folder, encoder, shards, blocks, pool, limit_bytes)
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import Manifest, TensorInfo
-from dist_ft.checkpoint.trained_model import MODEL_FOLDER
+from dist_ft.checkpoint.stored_files import model_is_stored, store_model_files
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import task_class
+from dist_ft.core import private_folders, scratch
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
 
@@ -75,7 +76,7 @@ def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
 
     # First the process group: zero.Init creates each weight as a shard of this rank.
     deepspeed_engine.attach_to_process_group(use_gpu)
-    settings = deepspeed_config.build_deepspeed_config(config)
+    settings = deepspeed_config.build_deepspeed_config(config, create_swap_folder(config))
     with deepspeed_engine.zero_init(settings):
         module, new_weights = _build_module(run, resumed)
     engine = deepspeed_engine.DeepSpeedEngine(
@@ -88,6 +89,20 @@ def build_engine(run: ResolvedRun, world: World, resumed: bool) -> BuiltModel:
         regularizers,
     )
     return BuiltModel(module, engine, new_weights)
+
+
+def create_swap_folder(config: RunConfig) -> str | None:
+    """Return this run's private folder in zero.nvme_path, None if the run has no such path.
+
+    DeepSpeed's files there hold weights and optimizer state, under names that any run would use.
+
+    Raises:
+        FolderError: others own it or may write to it.
+    """
+    if not config.zero.nvme_path:
+        return None
+    parent = Path(config.zero.nvme_path).expanduser()
+    return str(private_folders.open_part(parent, f"swap-{config.run.name}", "zero.nvme_path"))
 
 
 def _adversary(config: RunConfig, module: TrainableModel) -> Adversary | None:
@@ -256,13 +271,11 @@ def check_packing(run: ResolvedRun, module: TrainableModel, engine: Engine) -> N
 
 def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
     """Store the model's config and tokenizer with the run, so that it can be exported anywhere."""
-    import tempfile
-    from pathlib import Path
 
-    if store.exists(f"{MODEL_FOLDER}/.complete"):
+    if model_is_stored(store):
         return
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder("model") as folder:
         # transformers sets this only when it saves weights, and these stay where they are.
         module.model.config.architectures = [type(module.model).__name__]
         module.model.config.save_pretrained(folder)
@@ -270,13 +283,12 @@ def store_model(store: Store, module: TrainableModel, tokenizer: Any) -> None:
             module.model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-        for path in sorted(Path(folder).rglob("*")):
+        files: dict[str, bytes] = {}
+        for path in sorted(folder.rglob("*")):
             if path.is_file():
-                name = path.relative_to(folder).as_posix()
-                store.write(f"{MODEL_FOLDER}/{name}", path.read_bytes())
+                files[path.relative_to(folder).as_posix()] = path.read_bytes()
 
-    # The marker last: after a crash in between, the next start writes all files again.
-    store.write(f"{MODEL_FOLDER}/.complete", json.dumps({}).encode())
+    store_model_files(store, files)
 
 
 def tensor_infos(module: TrainableModel) -> dict[str, TensorInfo]:

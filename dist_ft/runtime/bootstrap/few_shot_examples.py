@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 
+from dist_ft.checkpoint.stored_files import TEMPLATES_FILE, read_templates
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
@@ -16,12 +17,8 @@ from dist_ft.data.encoding import prompt_templates
 from dist_ft.data.encoding.task_rows import Sample
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Row, RowLocation, discover_shards
-from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 from dist_ft.tasks.base import make_task
-
-TEMPLATES_FILE = "data/examples.json"
-"""File of a run: its prompt templates with the examples written in."""
 
 
 def resolve_templates(
@@ -47,7 +44,7 @@ def _stored_templates(run: ResolvedRun, store: Store) -> tuple[str, ...]:
     On its first start, write and store them (rank 0 only).
     """
     if store.exists(TEMPLATES_FILE):
-        return read_json_texts(store, TEMPLATES_FILE)
+        return read_templates(store)
 
     section = run.config.prompting
     samples = draw_examples(run, section.shots)

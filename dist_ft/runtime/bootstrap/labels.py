@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 
+from dist_ft.checkpoint.stored_files import LABELS_FILE, read_labels
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig, Source
 from dist_ft.config.task_facts import task_class
@@ -24,11 +25,8 @@ from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import RowLocation, discover_shards
 from dist_ft.model.loading.download import fetch_model
 from dist_ft.model.loading.grow_head import grown_labels, own_labels
-from dist_ft.storage.documents import read_json_texts
 from dist_ft.storage.filesystem import Store
 
-LABELS_FILE = "data/labels.json"
-"""File of a run: the labels found in its training data."""
 MAX_LABELS = 10_000
 """More different values than this are hardly labels: the column holds numbers or free text."""
 
@@ -82,7 +80,7 @@ def _stored_labels(config: RunConfig, store: Store) -> tuple[str, ...]:
     On its first start, find and store them (rank 0 only).
     """
     if store.exists(LABELS_FILE):
-        return read_json_texts(store, LABELS_FILE)
+        return read_labels(store)
 
     # A head that grows has labels of its own, so that one label in the data is enough.
     minimum = 1 if config.task.grow_head else 2

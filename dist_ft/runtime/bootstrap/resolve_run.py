@@ -64,7 +64,7 @@ def resolve_grown_head(run: ResolvedRun) -> ResolvedRun:
         return run
 
     folder = fetch_model(run.model.path, run.model.revision, config.data.cache_dir)
-    cache = cache_folder(config.data.cache_dir) / "models"
+    cache = cache_folder(config.data.cache_dir, "models")
     grown = grow_head(folder, run.task, config.run.seed, cache)
 
     # Without new labels the model keeps its path and revision.

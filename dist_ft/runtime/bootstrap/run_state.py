@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.ledger import read_segment
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import Manifest, parse_folder
+from dist_ft.checkpoint.stored_files import model_is_stored
 from dist_ft.config.load import STORED, check_resume, read_stored_config, resolved_yaml
 from dist_ft.config.schema import RunConfig
-from dist_ft.core.errors import DistFtError
-from dist_ft.core.world import Collectives, World, on_rank0
+from dist_ft.core import private_folders
+from dist_ft.core.errors import (
+    CheckpointError,
+    DataError,
+    DistFtError,
+    FolderError,
+    StorageError,
+)
+from dist_ft.core.world import Collectives, World, on_rank0, raise_together
+from dist_ft.data.batching.loader import Loader
 from dist_ft.metrics import best
+from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
+from dist_ft.training.metrics_log import FILE as METRICS_FILE
 from dist_ft.training.metrics_log import read_metrics
 
 log = logging.getLogger("dist_ft.run")
+NUM_COMPARED_STEPS = 4
+"""Steps before a checkpoint whose samples are compared with an index that was built again."""
 
 
 def require_same_run(store: Store, config: RunConfig) -> None:
@@ -26,6 +43,12 @@ def require_same_run(store: Store, config: RunConfig) -> None:
     Log other changes (rank 0 only).
     """
     if not store.exists(STORED):
+        if discovery.list_committed(store):
+            log.warning(
+                "%s is missing: whether this config is that of the run cannot be checked. It is "
+                "written again from this config",
+                store.redacted_url(STORED),
+            )
         return
     for change in check_resume(read_stored_config(store), config):
         log.info(
@@ -33,7 +56,9 @@ def require_same_run(store: Store, config: RunConfig) -> None:
         )
 
 
-def start_attempt(store: Store, config: RunConfig, world: World, previous_end: str = "") -> int:
+def start_attempt(
+    store: Store, config: RunConfig, world: World, previous_end: str = "", known: int = 0
+) -> int:
     """Take an attempt number (rank 0 only): from now on no earlier attempt can commit.
 
     Called as late as possible, but before the latest checkpoint is looked up: a second start by
@@ -45,8 +70,13 @@ def start_attempt(store: Store, config: RunConfig, world: World, previous_end: s
         config: the config as the user gave it; stored with the run.
         world: the workers of this attempt.
         previous_end: why the attempt before ended; noted with this one.
+        known: an attempt number that the nodes know of (`find_local_attempt`).
     """
-    attempt = discovery.start_attempt(store, world.num_ranks, previous_end)
+    attempt = discovery.start_attempt(store, world.num_ranks, previous_end, known)
+
+    # Earlier attempts may have been killed in the middle of a write. A worker of one that is still
+    # alive holds a lock on what it writes.
+    store.remove_leftovers()
 
     # After the number: a start that failed before it leaves the stored config as it was.
     store.write(STORED, resolved_yaml(config).encode())
@@ -59,20 +89,50 @@ def build_local_tier(
 ) -> LocalTier | None:
     """Return where this worker's node stores checkpoints of the run.
 
-    None if the config has no such folder.
+    None if the config has no such folder. A collective call.
+
+    Raises:
+        FolderError: on some node others own the folder or may write to it.
     """
     if not config.checkpoint.local_folder:
         return None
 
     # the hash separates runs of one name in two buckets
     key = hashlib.sha256(config.run_url.encode()).hexdigest()[:16]
-    folder = Store(f"{config.checkpoint.local_folder}/{config.run.name}-{key}")
+    name = f"{config.run.name}-{key}"
+    _create_local_folder(config, name, collectives)
+    folder = Store(f"{config.checkpoint.local_folder}/{name}")
 
     # Workers store only their own parts locally, so the files fit no other layout.
     stage = f"zero-{config.zero.stage}" if config.max_workers else "plain"
     layout = f"{stage}, {world.num_ranks} workers"
 
+    # Attempts before may have been killed in the middle of a write on this node.
+    folder.remove_leftovers()
+
     return LocalTier(store, folder, layout, world, collectives)
+
+
+def _create_local_folder(config: RunConfig, name: str, collectives: Collectives) -> None:
+    """Create the run's private folder on this node; all ranks raise if one cannot."""
+    problem: DistFtError | None = None
+    try:
+        local_folder = Path(filesystem.local_path(config.checkpoint.local_folder))
+        private_folders.open_part(local_folder, name, "checkpoint.local_folder")
+    except FolderError as error:
+        problem = error
+    raise_together(collectives, problem)
+
+
+def find_local_attempt(local: LocalTier | None, collectives: Collectives) -> int:
+    """Return the highest attempt number of the local checkpoints of all nodes; a collective call.
+
+    0 without any.
+    """
+    own = 0
+    if local is not None:
+        own = local.latest_attempt()
+    return max(collectives.all_gather(own))
 
 
 def find_final_checkpoint(
@@ -86,6 +146,10 @@ def find_final_checkpoint(
     """
     names = on_rank0(world, collectives, lambda: discovery.list_committed(store))
     if not names:
+        return None
+
+    # A run that lost what its checkpoints need gets it back by another attempt, which stores it.
+    if not on_rank0(world, collectives, lambda: store.exists(STORED) and model_is_stored(store)):
         return None
 
     # The step is part of the name, so an unfinished run is recognized without reading files.
@@ -104,6 +168,37 @@ def find_final_checkpoint(
     # Each rank verified its share of the files: the checkpoint is sound if all shares are.
     is_sound = all(collectives.all_gather(manifest is not None))
     return manifest if is_sound else None
+
+
+def require_same_samples(
+    config: RunConfig, loader: Loader, store: Store, manifest: Manifest
+) -> None:
+    """Raise DataError if the plan differs from what was trained up to a checkpoint (rank 0 only).
+
+    For a run that lost its index: the one that was built again is the same only if the data is.
+    """
+    if not manifest.ledger:
+        return
+
+    try:
+        rows = read_segment(store, manifest.ledger[-1])
+    except (StorageError, CheckpointError) as error:
+        log.warning("the index was built again, and cannot be compared with the ledger: %s", error)
+        return
+
+    for step in np.unique(rows[:, 0])[-NUM_COMPARED_STEPS:].tolist():
+        trained = rows[rows[:, 0] == step][:, [2, 3, 4, 5, 1]]  # lane, sample, token, length, epoch
+        planned = []
+        for batch in loader.batches(step, range(config.num_lanes)):
+            for segment in batch.segments.tolist():  # sample, token, length, epoch
+                planned.append([batch.lane, *segment])
+
+        if sorted(trained.tolist()) != sorted(planned):
+            raise DataError(
+                f"data.train: the run's index was lost, and the one that was built again gives "
+                f"other samples at step {step} than the run was trained on: the data has changed. "
+                "Restore the data or the index, or use another run.name."
+            )
 
 
 def evaluation_history(config: RunConfig, lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -126,8 +221,19 @@ def _ended_early(config: RunConfig, store: Store, step: int) -> bool:
     if not patience:
         return False
 
+    # Without the evaluations so far, the run would train on where it should end. A step that is
+    # logged leaves a line.
+    lines = read_metrics(store, step)
+    is_lost = not store.exists(METRICS_FILE) or (not lines and 0 < config.log.every_steps <= step)
+    if step and is_lost:
+        raise CheckpointError(
+            f"{store.redacted_url(METRICS_FILE)}: the file is missing or empty, and "
+            f"evaluation.patience={patience} needs the evaluations up to step {step}. Restore it "
+            "from a copy, or set evaluation.patience=0."
+        )
+
     # A later step than the last evaluation means that training continued after it.
-    history = evaluation_history(config, read_metrics(store, step))
+    history = evaluation_history(config, lines)
     if not history or history[-1][0] != step:
         return False
     return best.should_stop_early(config.checkpoint.best_by, history, patience)

@@ -1,9 +1,10 @@
-"""The two tables a person reads: what is about to run, and how it ended."""
+"""What a person reads of a run: what is about to run, how it ended, that it is complete."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dist_ft.checkpoint.manifest import Manifest
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.task import TaskSection
@@ -137,3 +138,16 @@ def at_end(config: RunConfig, result: Result) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def when_complete(config: RunConfig, manifest: Manifest, total_steps: int) -> str:
+    """Return the line shown when a run has nothing left to do."""
+    step = manifest.progress.step
+    if step < total_steps:
+        state = f"step {step} of {total_steps} is committed, where the run ended early"
+        field = "evaluation.patience"
+    else:
+        state = f"step {step} of {total_steps} is committed"
+        field = "schedule.steps"
+
+    return f"run {config.run.name} is complete: {state}; raise {field} to continue, or export it"

@@ -23,7 +23,7 @@ from dist_ft.config.sections.prompting import untrainable_problems
 from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World, collectives, on_rank0
-from dist_ft.model.loading.download import cache_folder
+from dist_ft.model.loading.download import cache_root
 from dist_ft.planning.run_limits import RunLimits
 from dist_ft.runtime.bootstrap import network_check, summary
 from dist_ft.runtime.bootstrap.build_data import Loaders, build_anchor_loader, build_loaders
@@ -41,7 +41,9 @@ from dist_ft.runtime.bootstrap.run_state import (
     build_local_tier,
     evaluation_history,
     find_final_checkpoint,
+    find_local_attempt,
     require_same_run,
+    require_same_samples,
     start_attempt,
 )
 from dist_ft.runtime.bootstrap.run_usage import require_time_left
@@ -118,16 +120,17 @@ def run(config: RunConfig, world: World, context: RunContext) -> Result:
         final = find_final_checkpoint(config, store, world, comms, total_steps)
         if final is not None:
             if world.rank == 0:
-                context.console.print(_complete_message(config, final, total_steps))
+                context.console.print(summary.when_complete(config, final, total_steps))
             return _complete_result(config, store, final, total_steps)
 
         limits = require_time_left(config, store, world, comms, restarted_s)
 
         # From here on no earlier attempt can commit, so the latest checkpoint stays the latest.
-        attempt = on_rank0(
-            world, comms, lambda: start_attempt(store, config, world, context.previous_end)
-        )
         local_tier = build_local_tier(config, store, world, comms)
+        known = find_local_attempt(local_tier, comms)
+        attempt = on_rank0(
+            world, comms, lambda: start_attempt(store, config, world, context.previous_end, known)
+        )
         manager = CheckpointManager(store, config.checkpoint, world, comms, attempt, local_tier)
 
         # The manager closes before the ledger ends, so that the time this takes is counted.
@@ -196,6 +199,7 @@ def _train(attempt: _Attempt, manifest: Manifest | None) -> Result:
             if components.metrics is not None:
                 components.metrics.close()
 
+        attempt.manager.require_folder()
         if attempt.world.rank == 0:
             attempt.context.console.print(summary.at_end(attempt.run.config, result))
         return result
@@ -210,6 +214,9 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
     """
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
     manifest = load_weights(run, built, attempt.manager, manifest)
+    if manifest is not None and attempt.loaders.is_new:
+        loader, loaded = attempt.loaders.training, manifest
+        on_rank0(world, comms, lambda: require_same_samples(run.config, loader, store, loaded))
 
     # Measured at the initial weights. A checkpoint has it as part of the optimizer state.
     if manifest is None and run.config.tuning.anchor.method == "ewc":
@@ -226,6 +233,7 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
 
     # Before training: a checkpoint can be exported only with the model's config and tokenizer.
     on_rank0(world, comms, lambda: store_model(store, built.module, run.tokenizer))
+    attempt.manager.remember_stored_files()
     return manifest
 
 
@@ -273,7 +281,7 @@ def _open_metrics_log(attempt: _Attempt, lines: list[dict[str, Any]]) -> Metrics
     opened: list[MetricsLog] = []
 
     def open_log() -> None:
-        trackers = Trackers.open(config, store.url, cache_folder(config.data.cache_dir))
+        trackers = Trackers.open(config, store.url, cache_root(config.data.cache_dir))
         # Returns nothing: only the error of a tracker must reach the other ranks.
         opened.append(MetricsLog(store, lines, attempt.number, config.log.tensorboard, trackers))
 
@@ -371,19 +379,6 @@ def _rewound(components: Components, run: ResolvedRun, progress: Progress) -> Co
     components.time_ledger.rewind(progress.step)
 
     return replace(components, anomaly_detector=detector)
-
-
-def _complete_message(config: RunConfig, manifest: Manifest, total_steps: int) -> str:
-    """Return the line shown when a run has nothing left to do."""
-    step = manifest.progress.step
-    if step < total_steps:
-        state = f"step {step} of {total_steps} is committed, where the run ended early"
-        field = "evaluation.patience"
-    else:
-        state = f"step {step} of {total_steps} is committed"
-        field = "schedule.steps"
-
-    return f"run {config.run.name} is complete: {state}; raise {field} to continue, or export it"
 
 
 def _complete_result(

@@ -13,7 +13,6 @@ import faulthandler
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import IO
 
 from dist_ft.checkpoint import discovery
+from dist_ft.core import scratch
 from dist_ft.core.errors import StorageError
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
@@ -58,11 +58,13 @@ class Watchdog(Callback):
         self._progress_s = self._armed_s = 0.0
         self._ended = threading.Event()
         self._file: IO[bytes] | None = None
+        self._folder: scratch.Scratch | None = None
 
     def __enter__(self) -> Watchdog:
         if self._timeout_s:
             # faulthandler opens no files: it needs the descriptor of one.
-            self._file = tempfile.NamedTemporaryFile(prefix="dist_ft-stacks-", suffix=".txt")
+            self._folder = scratch.create("stacks")
+            self._file = open(self._folder.path / "stacks.txt", "w+b")
             self.on_progress()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -77,6 +79,8 @@ class Watchdog(Callback):
         if self._file is not None:
             faulthandler.cancel_dump_traceback_later()
             self._file.close()
+        if self._folder is not None:
+            self._folder.remove()
 
     def on_progress(self) -> None:
         """Note that the training thread made progress: a step, a batch of an evaluation, a save."""
@@ -109,6 +113,10 @@ class Watchdog(Callback):
             where = f"at {self._store.redacted_url(self._name)}"
         except (StorageError, OSError):
             faulthandler.dump_traceback(sys.__stderr__ or self._file, all_threads=True)
+
+        # The stacks are where `where` says; nothing runs after `os._exit` that could remove these.
+        if self._folder is not None:
+            self._folder.remove()
 
         log.error(
             "rank %d made no progress for %.0f s (cluster.progress_timeout_s=%g): a peer may be "

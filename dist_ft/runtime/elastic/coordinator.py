@@ -221,7 +221,7 @@ class Coordinator:
     def _is_held(self, now_s: float) -> bool:
         """Return whether the next generation must not start yet."""
         # Those on a node that is left out are about to leave, and all are placed anew.
-        if self._group_state.workers_on(self._left_out):
+        if self._left_out and self._group_state.workers_on(self._left_out):
             return True
         return bool(self._node_failures) and now_s - self._failed_at_s < DECIDE_S
 

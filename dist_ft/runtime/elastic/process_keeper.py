@@ -2,7 +2,7 @@
 
 When a node is lost Ray ends the workers on all other nodes too and places new ones. Their spare
 processes, with all their imports, would be lost with them. So the parent of a process is not the
-worker but a keeper: a process that uses only the standard library and is no child of the worker.
+worker but a keeper: a process that imports little and is no child of the worker.
 Guarantees: a process that has started training ends with its worker, whatever either does (its
 keeper kills it, and the kernel does if the keeper dies); a process that has not may be claimed by
 one other worker of the same user, run and node within `UNCLAIMED_S` seconds, and is killed after
@@ -24,8 +24,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
+
+from dist_ft.core.private_folders import user_folder
 
 log = logging.getLogger("dist_ft.keeper")
 UNCLAIMED_S = 120.0
@@ -159,6 +162,7 @@ def claim(name: str) -> KeptProcess | None:
     if not folder:
         return None
 
+    _remove_old_sockets(folder)
     for entry in sorted(os.listdir(folder)):
         if not entry.startswith(prefix):
             continue
@@ -173,6 +177,16 @@ def claim(name: str) -> KeptProcess | None:
             keeper.close()
             _remove_stale_socket(folder, entry)
     return None
+
+
+def _remove_old_sockets(folder: str) -> None:
+    """Remove sockets that are older than any keeper waits: their keepers were killed."""
+    for entry in os.scandir(folder):
+        with contextlib.suppress(OSError):
+            status = entry.stat(follow_symlinks=False)
+            age_s = time.time() - status.st_mtime
+            if stat.S_ISSOCK(status.st_mode) and age_s > 2 * UNCLAIMED_S:
+                os.unlink(entry.path)
 
 
 def _remove_stale_socket(folder: str, entry: str) -> None:
@@ -191,29 +205,18 @@ def _socket_path_prefix(name: str) -> str:
 
     Returns "" if others may write to the folder: then no process can be claimed.
     """
-    folder = os.path.join(tempfile.gettempdir(), f"dist_ft-{os.getuid()}")
-    with contextlib.suppress(OSError):
-        os.mkdir(folder, 0o700)
-
-    # The pipe carries pickles: whoever can place a socket here could run code in the worker. So
-    # `lstat`, which does not follow a link of another user to a folder of ours.
-    try:
-        status = os.lstat(folder)
-    except OSError:
-        return ""
-
-    is_private = (
-        stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
-    )
-    if not is_private:
+    # The pipe carries pickles: whoever can place a socket here could run code in the worker.
+    folder = user_folder()
+    if folder is None:
         log.warning(
-            "%s is not a folder that only this user can access: later workers cannot reuse spare "
-            "processes",
-            folder,
+            "%s/dist_ft-%d is not a folder that only this user can access: later workers cannot "
+            "reuse spare processes",
+            tempfile.gettempdir(),
+            os.geteuid(),
         )
         return ""
 
-    return os.path.join(folder, hashlib.sha256(name.encode()).hexdigest()[:16] + "-")
+    return str(folder / (hashlib.sha256(name.encode()).hexdigest()[:16] + "-"))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DistFtError, Interrupted, PeerError, StorageError
 from dist_ft.core.world import World
 from dist_ft.runtime.bootstrap.network_check import NODE
+from dist_ft.runtime.bootstrap.rendezvous import free_port
 from dist_ft.runtime.bootstrap.watchdog import EXIT_CODE as HUNG
 from dist_ft.runtime.elastic.coordinator_client import CoordinatorClient
 from dist_ft.runtime.elastic.messages import (
@@ -152,7 +152,9 @@ class Supervisor:
     def _new_member(self) -> Member:
         """Return this supervisor as a member of the next generation; rank 0 gets a new port."""
         # A new port each time: the one of the last generation may be in use for a while.
-        address = f"{self._context.host}:{_free_port()}" if self._world.rank == 0 else ""
+        address = ""
+        if self._world.rank == 0:
+            address = f"{self._context.host}:{free_port(self._context.host)}"
         return Member(
             self._context.group,
             self._world.rank,
@@ -387,10 +389,3 @@ def _count_oom_kills() -> int:
     except (OSError, ValueError):
         pass
     return 0
-
-
-def _free_port() -> int:
-    # Another process may take it before torch does: the next generation gets another port.
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

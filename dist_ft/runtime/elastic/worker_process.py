@@ -26,7 +26,10 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core import fault_injection
 from dist_ft.core.errors import DistFtError, explain_library_error
-from dist_ft.runtime.elastic import process_keeper
+from dist_ft.core.output import redact_output
+from dist_ft.core.private_folders import keep_compiled_code_private
+from dist_ft.core.redaction import redact
+from dist_ft.runtime.elastic import peer_loss, process_keeper
 from dist_ft.runtime.elastic.messages import (
     CommittedCheckpoint,
     FirstStepsDone,
@@ -50,23 +53,6 @@ from dist_ft.training.callbacks import Callback, CallbackList
 from dist_ft.training.console import Console
 from dist_ft.training.run_context import RunContext
 
-PEER_LOSS_TEXTS = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "ncclRemoteError",
-    "Connection refused",
-    "Timed out waiting",
-    "recvValue failed",
-    "DistNetworkError",
-    "failed to recv",
-    "unexpected EOF",
-    "remote process exited",
-    "NCCL communicator was aborted",
-    "Watchdog caught collective operation timeout",
-    "wait timeout after",
-)
-"""Texts of errors that only say that another worker vanished."""
 PROGRESS_SIGN_S = 5.0
 """Seconds between signs of progress that are sent to the supervisor."""
 _PR_SET_PDEATHSIG = 1
@@ -277,6 +263,9 @@ class _PipeLog(logging.Handler):
 
 def main() -> None:
     """Import, wait, train, and report how training ended."""
+    keep_compiled_code_private()
+    redact_output()  # of libraries too, and of tracebacks
+
     # The keeper kills this process with its worker; if the keeper is killed, the kernel does.
     _die_with_parent()
 
@@ -368,14 +357,14 @@ def _failed_before_training(error: BaseException) -> TrainingCrashed:
 
     # All lines in one: the last line of an invalid config is only a link to the documentation.
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return TrainingCrashed(is_peer_loss=False, text=f"failed before training: {text}")
+    return TrainingCrashed(is_peer_loss=False, text=redact(f"failed before training: {text}"))
 
 
 def _crashed(error: BaseException) -> TrainingCrashed:
     # The message has one line; the stack is for the log of the worker.
     traceback.print_exc()
     full_text = f"{type(error).__name__}: {error}"
-    is_peer_loss = any(text in full_text for text in PEER_LOSS_TEXTS)
+    is_peer_loss = peer_loss.reports_peer_loss(full_text)
     if is_peer_loss:
         # Where NCCL's watchdog would end this process instead.
         fault_injection.hit("worker.peer_lost", int(os.environ.get("RANK", "0")))
@@ -385,7 +374,7 @@ def _crashed(error: BaseException) -> TrainingCrashed:
         return TrainingCrashed(is_peer_loss, str(explained))
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return TrainingCrashed(is_peer_loss, lines[-1])
+    return TrainingCrashed(is_peer_loss, redact(lines[-1]))
 
 
 def _die_with_parent() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from uuid import uuid4
 
+from dist_ft.checkpoint.attempts import NOT_EXCLUSIVE
 from dist_ft.config.load import STORED, check_resume, read_stored_config
 from dist_ft.config.schema import ModelSection, RunConfig, Source
 from dist_ft.core.errors import ConfigError, DistFtError
@@ -51,7 +52,9 @@ def check(config: RunConfig, *, write_storage: bool = True, is_complete: bool = 
             model = getattr(config, "model", None)
 
         for check_one in _checks(config, model, write_storage):
-            problems += _lines(check_one, is_complete)
+            # Two checks may find the same problem, such as a cache that cannot be used.
+            lines = _lines(check_one, is_complete)
+            problems += [line for line in lines if line not in problems]
         return problems
 
 
@@ -74,6 +77,7 @@ def _checks(
 
     yield partial(machine_checks.check_cpus, config)
     yield partial(machine_checks.check_gpus, config)
+    yield partial(machine_checks.check_folders, config)
 
     # A job sends notices from the cluster, whose variables and programs are not known here.
     if write_storage:
@@ -154,11 +158,7 @@ def _check_writable(config: RunConfig) -> Iterator[str]:
 
         # Attempt numbers rely on it: of two starts only one may create the file of a number.
         if store.create(probe, b"again"):
-            yield (
-                f"run.storage={config.run.storage}: a file that exists could be created again, so "
-                "two starts of a run could not be distinguished. Only storage with conditional "
-                "writes (If-None-Match) is allowed. Use another endpoint or file system."
-            )
+            yield f"run.storage={config.run.storage}: {NOT_EXCLUSIVE}"
         store.remove(probe)
     except DistFtError as error:
         yield f"run.storage={config.run.storage}: {error}"

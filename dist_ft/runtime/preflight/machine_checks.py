@@ -1,4 +1,4 @@
-"""Checks of this machine's CPUs, GPUs and notifications before a run.
+"""Checks of this machine's CPUs, GPUs, folders and notifications before a run.
 
 Skipped where the run goes to another cluster.
 """
@@ -8,9 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import get_args
 
 from dist_ft.config.schema import RunConfig
+from dist_ft.core import private_folders
+from dist_ft.core.errors import FolderError
 from dist_ft.core.world import World
+from dist_ft.model.loading.download import CachePart, cache_root
+from dist_ft.storage import filesystem
 from dist_ft.training.notify.channels import url_problem
 
 
@@ -72,6 +79,30 @@ def check_notifications(config: RunConfig) -> Iterator[str]:
             "the path of a program, or the name of one in PATH. Correct it, or make the file "
             "executable."
         )
+
+
+def check_folders(config: RunConfig) -> Iterator[str]:
+    """Yield a line for each folder of this machine that others own or may write to."""
+    if not _runs_here(config):
+        return
+
+    # Nothing is created: a check leaves the machine as it is.
+    cache = cache_root(config.data.cache_dir)
+    checks = [partial(private_folders.require_safe, cache, "data.cache_dir")]
+    for part in get_args(CachePart):
+        checks.append(partial(private_folders.require_own_part, cache, part, "data.cache_dir"))
+    if config.checkpoint.local_folder:
+        folder = Path(filesystem.local_path(config.checkpoint.local_folder))
+        checks.append(partial(private_folders.require_safe, folder, "checkpoint.local_folder"))
+    if config.zero.nvme_path:
+        folder = Path(config.zero.nvme_path).expanduser()
+        checks.append(partial(private_folders.require_safe, folder, "zero.nvme_path"))
+
+    for check in checks:
+        try:
+            check()
+        except FolderError as error:
+            yield str(error)
 
 
 def _runs_here(config: RunConfig) -> bool:

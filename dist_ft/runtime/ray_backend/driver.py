@@ -25,7 +25,9 @@ from dist_ft.config.schema import RunConfig
 from dist_ft.config.task_facts import allow_task
 from dist_ft.core import logs
 from dist_ft.core.errors import DistFtError, StorageError, WorkerError
+from dist_ft.core.output import redact_output
 from dist_ft.core.world import World
+from dist_ft.runtime.bootstrap.rendezvous import loopback_address
 from dist_ft.runtime.elastic.coordinator import Coordinator, print_lines
 from dist_ft.runtime.elastic.node_failures import NodeFailure
 from dist_ft.runtime.elastic.supervisor import (
@@ -35,7 +37,7 @@ from dist_ft.runtime.elastic.supervisor import (
     WorkerContext,
 )
 from dist_ft.runtime.local import stop_on_signal
-from dist_ft.runtime.ray_backend import implicit_uploads
+from dist_ft.runtime.ray_backend import implicit_uploads, local_cluster
 from dist_ft.runtime.ray_backend.health import HealthWatch
 from dist_ft.runtime.ray_backend.left_out_nodes import NodeExclusion, earlier_failures
 from dist_ft.runtime.ray_backend.metrics import RunGauges
@@ -62,7 +64,6 @@ from dist_ft.training.notify.monitor import RunMonitor, monitor_run
 from dist_ft.training.result import Result
 
 log = logging.getLogger("dist_ft.ray")
-OBJECT_STORE_BYTES = 128 * 2**20
 MAX_ATTEMPTS = 200
 """Earlier attempts whose failures of nodes are looked at."""
 ELASTIC_START_S = 5.0
@@ -109,12 +110,13 @@ def _run(config: RunConfig, monitor: RunMonitor) -> Result:
                 "out); saved checkpoints are kept; run the same command to resume"
             ) from error
 
-    # The coordinator's outcome counts before Ray's error, which may be only its consequence.
-    if isinstance(outcome, DistFtError):
-        raise outcome
-    if outcome is not None:
-        return outcome
-    raise explain_ray_failure(failure, config)
+        # The coordinator's outcome counts before Ray's error, which may be only its consequence.
+        # Raised here: Ray's logs are kept where there is an error.
+        if isinstance(outcome, DistFtError):
+            raise outcome
+        if outcome is not None:
+            return outcome
+        raise explain_ray_failure(failure, config, local_cluster.logs_folder(ray))
 
 
 @contextlib.contextmanager
@@ -134,11 +136,8 @@ def connected(config: RunConfig) -> Iterator[Any]:
     notices: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if not is_verbose:
         notices = _short_ray_notices()
-    with notices:
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+    with notices, local_cluster.shut_down_at_end(ray):
+        yield ray
 
 
 def _set_ray_variables(config: RunConfig) -> None:
@@ -167,16 +166,11 @@ def _connect(ray: Any, address: str | None, is_verbose: bool) -> None:
         "namespace": NAMESPACE,
         "logging_level": logging.INFO if is_verbose else logging.ERROR,
     }
-    if address:
-        options["address"] = address
-    else:
-        options |= {
-            "address": "local",  # never a stale cluster of another run
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
     try:
-        ray.init(**options)
+        if address:
+            ray.init(address=address, **options)
+        else:
+            local_cluster.start(ray, **options)
     except Exception as error:  # Ray raises that class itself where a node does not start in time
         raise WorkerError(
             f"cluster.address={address}: cannot connect to Ray ({error_line(error, 0)}); check "
@@ -316,6 +310,7 @@ def _worker(settings: WorkerSettings) -> None:
     """Supervise a training process until the run is over; each Ray Train worker runs this."""
     import ray
 
+    redact_output()
     # Relative paths of the config start at the driver's folder, if this node has it too.
     if os.path.isdir(settings["folder"]):
         os.chdir(settings["folder"])
@@ -343,11 +338,21 @@ def _worker(settings: WorkerSettings) -> None:
         coordinator.end_run(
             WorkerError(
                 f"worker {context.world.rank}: its supervisor failed "
-                f"({type(error).__name__}: {error}); see the Ray logs in /tmp/ray"
+                f"({type(error).__name__}: {error}); see the Ray logs in "
+                f"{local_cluster.logs_folder(ray)}"
             ),
             context.group,
         )
         raise
+
+
+def _rendezvous_address(ray: Any, world: World) -> str:
+    """Return the address of this node at which the training processes meet."""
+    # Workers of one node need no other machine to reach them.
+    address: str | None = None
+    if world.ranks_per_node == world.num_ranks:
+        address = loopback_address()
+    return address or str(ray.util.get_node_ip_address())
 
 
 def _worker_context(ray: Any, coordinator_name: str) -> WorkerContext:
@@ -367,7 +372,7 @@ def _worker_context(ray: Any, coordinator_name: str) -> WorkerContext:
         group=placement_group.id.hex(),
         world=world,
         node=f"{socket.gethostname()}/{node_id[:8]}",
-        host=ray.util.get_node_ip_address(),
+        host=_rendezvous_address(ray, world),
         device=gpu_index(ray.get_gpu_ids(), world.rank_of_node),
         spare_name=f"{coordinator_name}/{node_id}",
     )

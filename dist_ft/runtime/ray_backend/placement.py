@@ -109,8 +109,10 @@ def gpu_index(gpu_ids: Sequence[Any], local_rank: int) -> int:
     return local_rank
 
 
-def explain_ray_failure(failure: BaseException | None, config: RunConfig) -> DistFtError:
-    """Return one line for an exception of Ray Train.
+def explain_ray_failure(
+    failure: BaseException | None, config: RunConfig, logs_folder: str
+) -> DistFtError:
+    """Return one line for an exception of Ray Train; `logs_folder`: where Ray writes its logs.
 
     The coordinator has no outcome then, so the failure is one of placement or of Ray itself.
     """
@@ -118,8 +120,8 @@ def explain_ray_failure(failure: BaseException | None, config: RunConfig) -> Dis
     if failure is not None:
         event = f"failed ({error_line(failure, -1)})"
     return WorkerError(
-        f"run {config.run.name}: the workers {event}; see the Ray logs in /tmp/ray; saved "
-        "checkpoints are kept; run the same command to resume"
+        f"run {config.run.name}: the workers {event}; see the Ray logs in "
+        f"{logs_folder}; saved checkpoints are kept; run the same command to resume"
     )
 
 

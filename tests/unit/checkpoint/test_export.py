@@ -45,6 +45,7 @@ def make_run(folder: str, engine: TorchEngine, steps: tuple[int, ...] = (1,)) ->
         small.save(manager, engine, step)
     engine.module.model.config.save_pretrained(f"{folder}/model")
     write_tokenizer(f"{folder}/model")
+    store.write(STORED, b"{}")
     return store
 
 
@@ -182,9 +183,19 @@ def test_a_config_of_another_model_is_rejected(copy, tmp_path, changes, message)
 def test_a_run_without_the_model_config_is_rejected(copy, tmp_path):
     os.remove(copy / "model" / "config.json")
     assert rejection(copy, tmp_path / "x") == (
-        f"{copy}/model: config.json is missing. Every run stores its model's config and tokenizer. "
-        "Give the folder of a run (<storage>/<name>)."
+        f"{copy}/model/config.json: the file is missing. Every run stores its config, and its "
+        "model's config and tokenizer. Run `dist-ft train` with the run's config again, which "
+        "writes them anew, or restore the file from a copy."
     )
+
+
+def test_fault_26_a_run_without_its_config_is_not_exported(copy, tmp_path):
+    """Its task and method would be guessed."""
+    os.remove(copy / STORED)
+    for options in (ExportOptions(), ExportOptions(adapter=True)):
+        with pytest.raises(CheckpointError, match=r"run\.yaml: the file is missing"):
+            export_run(str(copy), str(tmp_path / "x"), options)
+    assert not (tmp_path / "x").exists()
 
 
 def test_weights_that_change_on_reading_are_not_exported(copy, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from unit.small import checkpoints, draft, make_engine, make_model, save, tensors_of, train
 
 from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.attempts import Fence
 from dist_ft.checkpoint.commit import Committer
 from dist_ft.checkpoint.discovery import FROZEN, list_committed, load_manifest, start_attempt
 from dist_ft.checkpoint.local_tier import LocalTier
@@ -193,15 +194,11 @@ def test_shared_files_stay_if_their_manifest_cannot_be_removed(store, attempt, e
             raise StorageError("no answer")
         real(self, path)
 
-    monkeypatch.setattr(
-        Committer,
-        "_require_current_attempt",
-        lambda self, folder: (
-            (_ for _ in ()).throw(StorageError("no answer"))
-            if folder.exists("manifest.json")
-            else None
-        ),
-    )
+    def silent_after_the_commit(self: Fence, where: str) -> None:
+        if list_committed(store):
+            raise StorageError("no answer")
+
+    monkeypatch.setattr(Fence, "require_current", silent_after_the_commit)
     monkeypatch.setattr(Store, "remove", refuses)
     with pytest.raises(StorageError, match="no answer"):
         save(one, engine, 1)

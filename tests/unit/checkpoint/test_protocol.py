@@ -1,4 +1,4 @@
-"""The checkpoint protocol under any order of saves, deaths, restarts, zombies and damage.
+"""The checkpoint protocol under any order of saves, deaths, restarts, zombies, damage and loss.
 
 Ranks are threads, each with a manager, a state and a node's folder of its own; storage is a real
 folder. The state after step s is a function of s, as in a run that resumes exactly, so whatever is
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -32,7 +33,7 @@ from dist_ft.checkpoint.save_status import SaveRequest
 from dist_ft.checkpoint.tier import Tier
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core import fault_injection
-from dist_ft.core.errors import CheckpointError
+from dist_ft.core.errors import CheckpointError, ConfigError
 from dist_ft.core.world import Collectives, World
 from dist_ft.engine.base import StateSlice
 from dist_ft.storage.filesystem import Store
@@ -51,6 +52,9 @@ PLACES = (
     "checkpoint.before_manifest",
     "checkpoint.after_manifest",
 )
+
+
+LOSSES = ("attempts", "attempts/{:06d}.json", "time", LOCAL_FOLDER, "ledger")
 
 
 class Killed(BaseException):
@@ -178,6 +182,7 @@ class Attempt:
     def __init__(self, base: Path, size: int) -> None:
         self.store, self.size = Store(str(base / "run")), size
         self.number = discovery.start_attempt(self.store, size)
+        self.store.write(f"time/{self.number:06d}.json", b"{}")  # as the time ledger does at once
         self.ranks = Ranks(size)
         self.saved_from = self.step = 0
         self.managers: list[CheckpointManager] = [None] * size  # type: ignore[list-item]
@@ -246,6 +251,8 @@ class Protocol(RuleBasedStateMachine):
     def start(self, size: int) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="protocol-"))
         self.store = Store(str(self.base / "run"))
+        self.store.write("run.yaml", b"run: {}")
+        self.has_ledger = True
         self.damaged: set[str] = set()
         self.acknowledged = 0  # the latest step whose save in storage was reported as committed
         self.zombies: list[Attempt] = []
@@ -289,8 +296,9 @@ class Protocol(RuleBasedStateMachine):
 
     def restart(self, size: int) -> None:
         self.live.close()
-        undamaged = self.undamaged()
+        undamaged, number = self.undamaged(), self.live.number
         self.live = Attempt(self.base, size or self.live.size)
+        assert self.live.number > number, "no number comes again"
         for latest_by_rank in self.live.latest_by_rank:
             assert not isinstance(latest_by_rank, BaseException), latest_by_rank
         step = self.live.step
@@ -298,7 +306,7 @@ class Protocol(RuleBasedStateMachine):
             "the run resumes at least from the latest undamaged checkpoint in storage"
         )
         self.acknowledged = min(self.acknowledged, step)
-        if self.live.latest_by_rank[0] is not None:
+        if self.live.latest_by_rank[0] is not None and self.has_ledger:
             history = read_ledger(self.store, self.live.latest_by_rank[0])
             assert np.array_equal(
                 history[:, [0, 2, 3]], rows(range(step), range(LANES))[:, [0, 2, 3]]
@@ -308,6 +316,52 @@ class Protocol(RuleBasedStateMachine):
     def an_old_attempt_is_left_running(self, size: int) -> None:
         self.zombies.append(self.live)
         self.live = Attempt(self.base, size or self.live.size)
+        assert self.live.number > self.zombies[-1].number
+
+    @rule(lost=st.sampled_from(LOSSES))
+    def a_folder_vanishes(self, lost: str) -> None:
+        """One after the other: of those that carry the live attempt's number, one must be left."""
+        record = f"{self.live.number:06d}.json"
+        if lost == "time" and record not in self.store.list("attempts"):
+            return
+        if lost.startswith("attempts") and record not in self.store.list("time"):
+            return
+        self.store.remove(lost.format(self.live.number))
+        self.has_ledger = self.has_ledger and lost != "ledger"
+
+    @rule()
+    def its_record_is_torn(self) -> None:
+        record = f"{self.live.number:06d}.json"
+        if record in self.store.list("attempts"):
+            self.store.write(f"attempts/{record}", b'{"attempt": ')
+
+    @rule()
+    def a_start_without_check_on_a_store_that_ignores_conditions(self) -> None:
+        def create_anyway(store: Store, path: str, content: bytes) -> bool:
+            store.write(path, content)
+            return True
+
+        before, real = self.store.walk(), Store.create
+        Store.create = create_anyway  # type: ignore[method-assign]
+        try:
+            with pytest.raises(ConfigError, match="Only storage with conditional writes"):
+                discovery.start_attempt(self.store, 1)
+        finally:
+            Store.create = real  # type: ignore[method-assign]
+        assert self.store.walk() == before
+
+    @rule(count=st.integers(2, 3), size=SIZES)
+    def several_starts_at_once(self, count: int, size: int) -> None:
+        barrier = threading.Barrier(count, timeout=20)
+
+        def start(_: int) -> int:
+            barrier.wait()
+            return discovery.start_attempt(self.store, 1)
+
+        with ThreadPoolExecutor(count) as pool:
+            numbers = list(pool.map(start, range(count)))
+        assert len(set(numbers)) == count and min(numbers) > self.live.number
+        self.restart(size)
 
     @precondition(lambda self: self.zombies)
     @rule(steps=st.integers(0, 9), tier=TIERS, background=st.booleans(), data=st.data())

@@ -237,12 +237,12 @@ def test_duplicate_keys(file):
         ),
         (
             "=3",
-            "override '=3': not of the form section.field=value. Write, for example, "
+            "override number 1: not of the form section.field=value. Write, for example, "
             "schedule.steps=100.",
         ),
         (
             "model..path=3",
-            "override 'model..path=3': not of the form section.field=value. Write, for example, "
+            "override 'model..path': not of the form section.field=value. Write, for example, "
             "schedule.steps=100.",
         ),
         (
@@ -252,8 +252,8 @@ def test_duplicate_keys(file):
         ),
         (
             "data.train=*.jsonl",
-            "override 'data.train=*.jsonl': the value is not valid YAML (expected alphabetic or "
-            "numeric character, but found '.'). Correct it, or quote a text: 'data.train=\"...\"'",
+            "override 'data.train': the value is not valid YAML (expected alphabetic or numeric "
+            "character, but found '.'). Correct it, or quote a text: '...=\"...\"'",
         ),
     ],
 )

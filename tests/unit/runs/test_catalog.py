@@ -16,7 +16,7 @@ from dist_ft.checkpoint import discovery
 from dist_ft.config.load import load_config
 from dist_ft.config.schema import CheckpointSection
 from dist_ft.core.errors import CheckpointError, DataError
-from dist_ft.runs import catalog
+from dist_ft.runs import catalog, ledger_audit, report, watch_run
 from dist_ft.storage.filesystem import Store
 
 STEPS = [6, 4, 2]
@@ -63,6 +63,37 @@ def test_list_and_show_describe_runs(trained):
     assert all(
         f"step-{step:09d}-a0001: 0." in text or f"step-{step:09d}-a0001:" in text for step in STEPS
     )
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"attempt": 1', b"[1]", b"null", b"\xff\xfe"])
+def test_finding_12_a_damaged_record_hides_no_other_attempt(run, content):
+    store = Store(str(run))
+    store.write("attempts/000002.json", store.read("attempts/000001.json"))
+    store.remove("attempts/000001.json")
+    store.write("attempts/000001.json" + ("/file" if content is None else ""), content or b"")
+    text = " ".join(catalog.describe(str(run)).split())
+    assert "1: its record attempts/000001.json cannot be read (" in text
+    assert ", world 1" in text[text.index(" 2: ") :]
+    assert "2 attempts" in catalog.describe_all(str(run.parent))
+    assert len(report.gather(str(run))["attempts"]) == 2
+    assert ledger_audit.audit(str(run)).attempts == 2
+
+
+def test_fault_26_without_its_attempts_a_run_is_shown(run):
+    shutil.rmtree(run / "attempts")
+    text = catalog.describe(str(run))
+    assert "step-000000006-a0001" in text and "attempt  " not in text
+    assert "step 6, 3 checkpoints, 1 attempt" in catalog.describe_all(str(run.parent))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b"7", b'{"attempt": "x"}'])
+def test_a_damaged_time_record_hides_no_other(run, content):
+    store = Store(str(run))
+    store.remove("time/000001.json")
+    store.write("time/000001.json" + ("/file" if content is None else ""), content or b"")
+    store.write("time/notes.txt", b"")
+    assert "cannot be read" in catalog.describe(str(run))
+    assert watch_run.latest_attempt(store).get("ended") is None
 
 
 def test_a_folder_without_runs_is_an_error(trained, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -180,3 +181,24 @@ def test_a_folder_without_run_or_metrics_is_an_error(tmp_path):
     Store(str(tmp_path)).write("run.yaml", b"run: {name: x}")
     with pytest.raises(DataError, match="no metrics yet"):
         report.gather(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"loss": 1', b"[1]", b"7", b'{"examples": [1]}', b"\xff"]
+)
+def test_finding_12_a_damaged_evaluation_is_left_out(url, tmp_path, caplog, content):
+    """The report shows the latest one that can be read, and says so."""
+    run = shutil.copytree(url, tmp_path / "reported")
+    (run / "evaluations/step-000000020.json").write_bytes(content)
+    (run / "evaluations/notes.txt").write_bytes(b"")
+    found = report.gather(str(run))
+    assert found["examples_step"] == 15 and found["tables"]["confusion"]
+    assert "the evaluation at step 20 is left out" in caplog.text
+    assert "step-000000020.json: not a stored evaluation" in caplog.text
+
+
+def test_fault_26_without_its_evaluations_a_run_has_a_report(url, tmp_path):
+    run = shutil.copytree(url, tmp_path / "reported")
+    shutil.rmtree(run / "evaluations")
+    found = report.gather(str(run))
+    assert found["examples_step"] is None and found["tables"] == {} and len(found["train"]) == 20

@@ -6,7 +6,7 @@ import fsspec
 import pytest
 from recorder import Answer, recording
 
-from dist_ft.storage import filesystem
+from dist_ft.storage import filesystem, http_client
 from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("aiohttp", reason="needs aiohttp, for http:// URLs")
@@ -77,3 +77,17 @@ def test_range_is_kept_on_a_redirect():
 
     with recording(ranged) as other, recording(redirecting(other.url)) as first:
         assert Store(first.url).read("x", 2, 4) == b"nt"
+
+
+def test_options_of_the_user_win():
+    assert http_client.client_options("http", {"get_client": print}) == {}
+    assert http_client.client_options("gs", {}) == {}
+    pytest.importorskip("aiobotocore", reason="needs s3fs (the extra `s3`)")
+    default = http_client.client_options("s3", {})["config_kwargs"]
+    assert default["retries"] == {"total_max_attempts": 1}
+    own = http_client.client_options("s3", {"config_kwargs": {"connect_timeout": 3}})
+    config = own["config_kwargs"]
+    assert config.pop("http_session_cls").__name__ == "SessionWithoutRedirects"
+    assert config == {"connect_timeout": 3}
+    chosen = {"config_kwargs": {"http_session_cls": print}}
+    assert http_client.client_options("s3a", chosen) == chosen

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,7 +116,9 @@ def test_tensorboard_events_are_in_the_runs_storage(store, tmp_path):
         (1, 2.0),
         (2, 1.5),
     ]
-    assert os.listdir(tmp_path) == ["run"]  # nothing temporary is left
+    # Nothing temporary is left.
+    own = tmp_path / f"dist_ft-{os.geteuid()}"
+    assert sorted(tmp_path.iterdir()) == [own, tmp_path / "run"] and not list(own.iterdir())
 
 
 def test_lost_tensorboard_files_do_not_end_the_run(store, tmp_path, caplog):
@@ -123,7 +126,7 @@ def test_lost_tensorboard_files_do_not_end_the_run(store, tmp_path, caplog):
     log = MetricsLog(store, [], 1, True)
     log.add(1, "train", {"loss": 2.0})
     log.flush().result()
-    (folder,) = tmp_path.glob("dist_ft-tensorboard-*")
+    (folder,) = filter(Path.is_dir, tmp_path.glob("dist_ft-*/tensorboard-*"))
     shutil.rmtree(folder)
     with caplog.at_level(logging.WARNING, "dist_ft"):
         log.flush().result()
@@ -141,7 +144,7 @@ def test_tensorboard_error_of_an_earlier_event_does_not_end_the_run(store, tmp_p
     """TensorBoard writes in a thread of its own, and raises its error at a later event."""
     log = MetricsLog(store, [], 1, True)
     log.add(1, "train", {"loss": 2.0})
-    (folder,) = tmp_path.glob("dist_ft-tensorboard-*")
+    (folder,) = filter(Path.is_dir, tmp_path.glob("dist_ft-*/tensorboard-*"))
     shutil.rmtree(folder)
     with caplog.at_level(logging.WARNING, "dist_ft"):
         for step in range(2, 100):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dist_ft.checkpoint import discovery
+from dist_ft.checkpoint.attempts import committed_step
 from dist_ft.core.world import World
 from dist_ft.storage.filesystem import Store
 from dist_ft.training import time_ledger as module
@@ -113,6 +114,18 @@ def test_save_is_recorded_at_once(store, monkeypatch):
         assert eventually(lambda: store.exists("time/000001.json"))
         ledger.start_save(7)
         assert eventually(lambda: [step for step, _ in read(store)["marks"]] == [7])
+
+
+def test_commit_is_recorded_at_once(store, monkeypatch):
+    """By it a later start notices that the checkpoint has vanished."""
+    monkeypatch.setattr(module, "LOCAL_WRITE_S", 100.0)
+    ledger = TimeLedger()
+    with write_periodically(ledger, store, 1, World()):
+        assert eventually(lambda: store.exists("time/000001.json"))
+        assert "committed" not in read(store)
+        ledger.record_commit(7)
+        assert eventually(lambda: read(store).get("committed") == 7)
+    assert committed_step(store) == committed_step(store, 1) == 7 and committed_step(store, 2) == 0
 
 
 def test_other_ranks_and_older_attempts_write_nothing(store):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dist_ft.config.search import Search, SearchSection
-from dist_ft.core.errors import ConfigError
+from dist_ft.core.errors import CheckpointError, ConfigError
 from dist_ft.storage.filesystem import Store
 from dist_ft.workflows import ray_tune, search_report
 from dist_ft.workflows.search import (
@@ -170,3 +170,14 @@ def test_missing_optuna_is_one_line(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         ray_tune.require_optuna()
     assert caught.value.problems[0].startswith("search=optuna: optuna is not installed. ")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"trials": [', b"[]", b"{}", b'{"search": 1}'])
+def test_fault_26_a_damaged_state_is_refused_in_one_line(tmp_path, content):
+    journal(tmp_path)  # stores nothing yet
+    first = journal(tmp_path)
+    first.on_start(0, {"optimizer.learning_rate": 1e-3})
+    first.store.write("trials.json", content)
+    with pytest.raises(CheckpointError, match=r"trials.json: the file is damaged") as caught:
+        journal(tmp_path)
+    assert "\n" not in str(caught.value)

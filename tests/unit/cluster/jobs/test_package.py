@@ -48,7 +48,9 @@ def content(packed):
 
 def test_uploaded_files(project):
     assert sorted(package.files(project)) == sorted(PACKED)
-    assert "a.py" not in set(package.files(project, [*package.EXCLUDES, "*.py"]))
+    for pattern in ("*.py", "**/*.py"):
+        names = set(package.files(project, [*package.EXCLUDES, pattern]))
+        assert names == {name for name in PACKED if not name.endswith(".py")}
 
 
 def test_gitignore_is_respected_in_a_repository(project):

@@ -71,6 +71,12 @@ def test_token_between_two_chunks(kind, cut):
     assert scanner.found == kind
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_token_in_utf_16(encoding):
+    content = f"\ufeff token: {TOKENS['a GitHub token']}\n".encode(encoding)
+    assert scan("notes.txt", content, chunk=7) == "a GitHub token"
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -305,7 +305,7 @@ BROKEN = {  # name: (change, part of the expected line)
     ),
     "a secret in the environment": (
         put("RayJob", f"{CONTAINER}.env.-", {"name": "HF_TOKEN", "value": "hush-hush"}),
-        "env[2].value: a secret in a file. Remove and change it",
+        "env[3].value: a secret in a file. Remove and change it",
     ),
     "a secret in the runtime environment": (
         put("RayJob", "spec.runtimeEnvYAML", "env_vars: {}\nAWS_SECRET_ACCESS_KEY: hush"),

@@ -50,6 +50,10 @@ def test_cache_folder_is_a_disk_of_the_pod():
     ]["spec"]
     assert {"name": "cache", "mountPath": "/mnt/disk"} in pod["containers"][0]["volumeMounts"]
     assert {"name": "HF_HOME", "value": "/mnt/disk/hf"} in pod["containers"][0]["env"]
+
+    # Kubernetes mounts it as a folder that every user may write to.
+    shared = {"name": "DIST_FT_SHARED_FOLDERS", "value": "/mnt/disk"}
+    assert shared in pod["containers"][0]["env"]
     assert config_in_cluster(with_()).data.cache_dir == "/var/cache/dist_ft"
 
 
@@ -170,10 +174,10 @@ def test_hub_names_are_not_paths():
         (
             {},
             ["nope=1"],
-            "--set=nope=1: unknown option. Use NAME=VALUE with one of these names: image, ",
+            "--set=nope: unknown option. Use NAME=VALUE with one of these names: image, ",
         ),
         ({}, ["claim"], "--set=claim: unknown option"),
-        ({}, ["redis=redis://:hush@h:1"], "redis=redis://:hush@h:1: is not HOST:PORT, such as"),
+        ({}, ["redis=redis://:hush@h:1"], "redis: the URL has a user name, password"),
         (
             {"node_selector": ("a",)},
             [],

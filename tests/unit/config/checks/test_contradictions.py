@@ -306,12 +306,12 @@ CASES = [
     ),
     (
         ["data.train=https://hf_hush@host/d.jsonl"],
-        "data.train.0.path: the URL has a user name, password or token before its host. Allowed: "
-        "URLs without one. Remove it and set the credentials in the environment.",
+        "data.train: the URL has a user name, password or token before its host. Allowed: URLs "
+        "without one. Remove it and set the credentials in the environment.",
     ),
     (
         ["data.train=[a, 'https://h/d.jsonl?X-Amz-Signature=hush']"],
-        "data.train.1.path: the URL has a signature, token or key. Allowed: URLs without one. "
+        "data.train.1: the URL has a signature, token or key. Allowed: URLs without one. "
         "Remove it and set the credentials in the environment.",
     ),
     *[

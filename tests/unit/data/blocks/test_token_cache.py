@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,12 +204,35 @@ def test_file_whose_times_cannot_be_set_is_read(tmp_path, monkeypatch):
 
 
 def test_files_of_killed_writers_are_removed(tmp_path):
+    """Those of 0.1.0 have no lock, so their age decides."""
     old, new = tmp_path / "a.tmp-17", tmp_path / "b.tmp-18"
     for path, age_s in ((old, 7200), (new, 60)):
         path.write_bytes(b"x")
         os.utime(path, (time.time() - age_s,) * 2)
     write_block(tmp_path / "c.safetensors", ENCODED, 10**6)
     assert not old.exists() and new.exists()
+
+
+def test_file_of_a_writer_is_removed_once_it_is_killed(tmp_path):
+    """At once: a run that is started again right after a kill leaves nothing behind."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom dist_ft.core import scratch\n"
+        "with scratch.new_file(Path(sys.argv[1], 'b.safetensors')) as new:\n"
+        "    print(new.path, flush=True)\n    time.sleep(600)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    unfinished, lock = Path(writer.stdout.readline().strip()), tmp_path / "b.lock"
+    lock.touch()
+    write_block(tmp_path / "c.safetensors", ENCODED, 10**6)
+    assert unfinished.exists() and not lock.exists()
+
+    writer.kill()
+    writer.wait()
+    write_block(tmp_path / "d.safetensors", ENCODED, 10**6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.safetensors", "d.safetensors"]
 
 
 def test_open_blocks_respect_the_limit_of_open_files(monkeypatch):

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -242,3 +243,63 @@ def test_hub_is_requested_once_per_node_and_damage_is_repaired(tmp_path):
         ] and downloads
     finally:
         server.shutdown()
+
+
+AS_USER = (
+    "import filelock, json, os, pwd, sys, xxhash\nfrom dist_ft.storage import filesystem\n"
+    "from dist_ft.model.loading.download import fetch_model\nfrom dist_ft.core.errors import DistFtError\n"
+    "options, url, cache, user, group, mask = sys.argv[1:]\n"
+    "filesystem.configure(json.loads(options))\nfilesystem.Store(url).list()  # imports what it needs\n"
+    "os.setgroups([])\nos.setgid(int(group))\nos.setuid(int(user))\nos.umask(int(mask, 8))\n"
+    "os.environ['HOME'] = '/nonexistent'\n"
+    "try:\n    print(fetch_model(url, None, cache))\n"
+    "except DistFtError as error:\n    print(f'refused: {error}')\n"
+)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users")
+def test_cache_of_a_group_works_for_two_users_and_only_if_it_is_named(log):
+    """An administrator's folder: setgid, for a group; the second user finds the first one's model."""
+    options, path = log
+    group = 4300
+
+    def fetch(cache: str, user: int, **variables: str) -> str:
+        return subprocess.run(
+            [
+                *(sys.executable, "-c", AS_USER, json.dumps(options), f"s3://{s3.BUCKET}/m"),
+                *(cache, str(user), str(group), "002"),
+            ],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        cache = f"{folder}/cache"
+        os.mkdir(cache)
+        os.chown(cache, 0, group)
+        os.chmod(cache, 0o2775)
+
+        # Root owns it and its group may write: safe. But the part of the first user is his own.
+        first = fetch(cache, 4301)
+        assert first.startswith(f"{cache}/models/"), first
+        assert "models belongs to user 4301" in fetch(cache, 4302)
+
+        shared = f"{folder}/shared"
+        os.mkdir(shared)
+        os.chown(shared, 4999, group)
+        os.chmod(shared, 0o2775)
+        assert "belongs to user 4999" in fetch(shared, 4301)
+        first = fetch(shared, 4301, DIST_FT_SHARED_FOLDERS=shared)
+        start = path.stat().st_size
+        assert fetch(shared, 4302, DIST_FT_SHARED_FOLDERS=shared) == first
+        assert not [one for one in requests(path, start) if one.startswith("GET /bucket/m/")]
+
+        # Read-only for everybody: what is there is used, without a lock.
+        for name, _, files in os.walk(shared):
+            os.chmod(name, 0o555)
+            for file in files:
+                os.chmod(f"{name}/{file}", 0o444)
+        assert fetch(shared, 4303, DIST_FT_SHARED_FOLDERS=shared) == first

@@ -42,7 +42,7 @@ def test_run_without_limits_has_no_line(tmp_path: Path) -> None:
     assert lines(tmp_path) == []
 
 
-def test_new_run_learns_how_long_a_step_may_take(tmp_path: Path) -> None:
+def test_line_of_a_new_run_says_how_long_a_step_may_take(tmp_path: Path) -> None:
     assert lines(tmp_path, run={"max_hours": 0.5}) == [
         "0.50 hours are left to run.max_hours=0.5 on 1 worker: enough for 1,000 steps of at most "
         "1.8 s each, with start, evaluations and saves"

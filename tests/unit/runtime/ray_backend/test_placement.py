@@ -109,18 +109,18 @@ def test_stop_does_not_wait_if_no_worker_runs():
 
 def test_failure_of_ray_is_explained_in_one_line():
     remedy = (
-        "see the Ray logs in /tmp/ray; saved checkpoints are kept; run the same command to resume"
+        "see the Ray logs in /tmp/x/logs; saved checkpoints are kept; run the same command to "
+        "resume"
     )
-    assert str(
-        explain_ray_failure(RuntimeError("Training failed\nmany lines\nthe last one"), config())
-    ) == (f"run r: the workers failed (the last one); {remedy}")
-    assert (
-        str(explain_ray_failure(RuntimeError(), config()))
-        == f"run r: the workers failed (RuntimeError); {remedy}"
+    failure = RuntimeError("Training failed\nmany lines\nthe last one")
+    assert str(explain_ray_failure(failure, config(), "/tmp/x/logs")) == (
+        f"run r: the workers failed (the last one); {remedy}"
     )
-    assert (
-        str(explain_ray_failure(None, config()))
-        == f"run r: the workers ended without a result; {remedy}"
+    assert str(explain_ray_failure(RuntimeError(), config(), "/tmp/x/logs")) == (
+        f"run r: the workers failed (RuntimeError); {remedy}"
+    )
+    assert str(explain_ray_failure(None, config(), "/tmp/x/logs")) == (
+        f"run r: the workers ended without a result; {remedy}"
     )
 
 
