@@ -128,6 +128,18 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+WITHIN_MORE = (
+    "assignment",
+    "basic authentication",
+    "in a query",
+    "in a traceback",
+    "in a URL",
+    "JSON in JSON",
+    "query",
+)
+"""Encodings whose middle may be other text."""
+
+
 def whole_secret(secret: str, encoding: str) -> bool:
     """Whether a secret this short is hidden in this encoding; see `secret_spellings`."""
     in_the_middle = ("user", "middle", "authentication", "base32")
@@ -153,9 +165,9 @@ def test_a_secret_is_hidden_in_every_encoding(kind, encoding, monkeypatch):
         return
 
     assert "<MY_PASSWORD>" in redacted or "<redacted>" in redacted
-    # Four letters of the encoded text in a row would be a part of the secret.
+    # The middle of the encoded text is a part of the secret.
     middle = encoded[len(encoded) // 2 - 3 : len(encoded) // 2 + 3]
-    if sum(map(str.isalnum, middle)) >= 4:
+    if sum(map(str.isalnum, middle)) >= 4 and encoding not in WITHIN_MORE:
         assert middle not in redacted
     for part in parts(secret):
         assert part not in redacted
