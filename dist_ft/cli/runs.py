@@ -130,11 +130,11 @@ def report(
 
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    # Of plain data, as a redacted text may be no JSON.
-    plain = redact_values(json.loads(json.dumps(content)))
+    # Of plain data, as a redacted text may be no JSON. Examples of errors are content.
+    plain = redact_values(json.loads(json.dumps(content)), is_content=True)
     texts = {
-        "html": redact(render_report.to_html(content)),
-        "md": redact(render_report.to_markdown(content)),
+        "html": redact(render_report.to_html(content), is_content=True),
+        "md": redact(render_report.to_markdown(content), is_content=True),
         "json": json.dumps(plain, indent=1, ensure_ascii=False),
     }
     for suffix, text in texts.items():

@@ -21,6 +21,7 @@ from dist_ft.core.secret_forms import (
     CHOICES,
     NOTHING,
     USERINFO,
+    content_spans,
     is_key_file,
     secret_spans,
     url_spans,
@@ -51,20 +52,28 @@ def remember_secret(name: str, value: str) -> None:
         _remembered[value] = name
 
 
-def redact(text: str) -> str:
-    """Return `text` without credentials: `<NAME>` in place of the value of a variable."""
+def redact(text: str, is_content: bool = False) -> str:
+    """Return `text` without credentials: `<NAME>` in place of the value of a variable.
+
+    Args:
+        text: any text.
+        is_content: it may hold data or text that a model generated. `password=...` is left as it
+            is in such a text; values of variables, known keys and URLs are not.
+    """
+    find_spans = content_spans if is_content else secret_spans
+
     # Read at each call, since variables may be set after logging was set up.
     needles = _needles(tuple(os.environ.items()), tuple(_remembered.items()))
 
     hidden = list(_find(needles, text, None))
-    hidden += [_Hidden(start, end, REDACTED) for start, end in secret_spans(text)]
+    hidden += [_Hidden(start, end, REDACTED) for start, end in find_spans(text)]
 
     layers: list[Resolved] = []
     if "\\" in text or "%" in text or "&" in text:
         layers = resolve_escapes(text)
     for layer in layers:
         hidden += _find(needles, layer.text, layer)
-        for span in secret_spans(layer.text):
+        for span in find_spans(layer.text):
             hidden.append(_Hidden(*layer.original(*span), REDACTED))
 
     # A word that was broken over lines.
@@ -77,22 +86,22 @@ def redact(text: str) -> str:
     return _hide(text, hidden)
 
 
-def redact_values(value: Any) -> Any:
+def redact_values(value: Any, is_content: bool = False) -> Any:
     """Return plain nested data with all its texts redacted; keys too, unless they are field names.
 
     Use it for data that is parsed again: a redacted JSON or YAML text may not be valid any more.
     """
     if isinstance(value, str):
-        return redact(value)
+        return redact(value, is_content)
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
             if isinstance(key, str) and not re.fullmatch(r"[a-z_]*", key):
-                key = redact(key)
-            result[key] = redact_values(item)
+                key = redact(key, is_content)
+            result[key] = redact_values(item, is_content)
         return result
     if isinstance(value, list | tuple):
-        return [redact_values(item) for item in value]
+        return [redact_values(item, is_content) for item in value]
     return value
 
 

@@ -156,8 +156,10 @@ def parse_documents(name: str, text: str) -> Iterator[Document]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        # What the parser quotes may be a part of a Secret.
-        reason = without_values(str(getattr(error, "problem", None) or type(error).__name__))
+        # What the parser quotes may be a part of a Secret; a duplicate key is a name.
+        reason = str(getattr(error, "problem", None) or type(error).__name__)
+        if not reason.startswith("duplicate key"):
+            reason = without_values(reason)
         raise ConfigError([f"{name}{line}: is not valid YAML ({reason}). Correct it."]) from None
 
     for content in contents:
