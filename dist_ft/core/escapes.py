@@ -99,8 +99,9 @@ def join_lines(text: str, below: Resolved | None) -> list[Resolved]:
     """
     if "\n" not in text:
         return []
-    joined = (_replace(text, _BREAK, lambda _, by=by: by, below) for by in ("", " "))
-    return [layer for layer in joined if layer is not None]
+    joined = _replace(text, _BREAK, lambda _: "", below)
+    spaced = _replace(text, _BREAK, lambda _: " ", below)
+    return [layer for layer in (joined, spaced) if layer is not None]
 
 
 def _replace(

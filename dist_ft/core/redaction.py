@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,11 +28,18 @@ from dist_ft.core.secret_forms import (
     url_spans,
 )
 from dist_ft.core.secret_names import is_secret_name, is_secret_variable, is_strong_secret_name
-from dist_ft.core.secret_spellings import MIN_PLAIN, MIN_SECRET_LENGTH, Needle, spellings
+from dist_ft.core.secret_spellings import (
+    MIN_ANYWHERE,
+    MIN_PLAIN,
+    MIN_SECRET_LENGTH,
+    Needle,
+    spellings,
+)
 
 REDACTED = "<redacted>"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64_TOKEN = re.compile(r"[A-Za-z0-9+/_-]{8,}={0,2}")
 _BASE64_CHARACTER = re.compile(r"[A-Za-z0-9+=_-]")
 
 
@@ -65,7 +73,7 @@ def redact(text: str, is_content: bool = False) -> str:
     # Read at each call, since variables may be set after logging was set up.
     needles = _needles(tuple(os.environ.items()), tuple(_remembered.items()))
 
-    hidden = list(_find(needles, text, None))
+    hidden = [*_find(needles, text, None), *_find_short_in_base64(needles, text)]
     hidden += [_Hidden(start, end, REDACTED) for start, end in find_spans(text)]
 
     layers: list[Resolved] = []
@@ -247,6 +255,21 @@ def _find(needles: tuple[Needle, ...], text: str, layer: Resolved | None) -> Ite
                     first, last = layer.original(first, last)
                 yield _Hidden(first, last, f"<{needle.name}>")
             start = text.find(needle.text, end)
+
+
+def _find_short_in_base64(needles: tuple[Needle, ...], text: str) -> Iterator[_Hidden]:
+    """Yield the base64 texts that hold a short secret, as Basic authentication does."""
+    secrets = {needle.text: needle.name for needle in needles if len(needle.text) < MIN_ANYWHERE}
+    if not secrets:
+        return
+
+    for match in _BASE64_TOKEN.finditer(text):
+        token = match[0].rstrip("=").replace("-", "+").replace("_", "/")
+        with contextlib.suppress(ValueError):
+            content = b64decode(token + "=" * (-len(token) % 4))
+            for secret, name in secrets.items():
+                if secret.encode() in content:
+                    yield _Hidden(*match.span(), f"<{name}>")
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

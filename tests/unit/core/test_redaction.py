@@ -142,10 +142,7 @@ WITHIN_MORE = (
 
 def whole_secret(secret: str, encoding: str) -> bool:
     """Whether a secret this short is hidden in this encoding; see `secret_spellings`."""
-    in_the_middle = ("user", "middle", "authentication", "base32")
-    is_buried = any(word in encoding for word in in_the_middle)
-    is_broken = "wrapped" in encoding or "over lines" in encoding
-    return len(secret) >= 6 or not (is_buried or is_broken)
+    return len(secret) >= 6 or "over lines" not in encoding
 
 
 def parts(secret: str) -> list[str]:
@@ -236,6 +233,12 @@ def test_variables_that_hold_no_secret(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     text = f"name token false /data/work 4096 {value} abc"
     assert redact(text) == text
+
+
+def test_a_variable_that_is_no_text(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t\udcff-1977")
+    assert redact("a s3cr3t\udcff-1977 and s3cr3t%FF-1977") == "a <MY_TOKEN> and <MY_TOKEN>"
+    assert redact("lone \ud800 surrogate %ff \\ud800") == "lone \ud800 surrogate %ff \\ud800"
 
 
 def test_short_words_are_hidden_only_as_whole_words(monkeypatch):
