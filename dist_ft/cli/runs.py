@@ -131,11 +131,11 @@ def report(
 
     folder = Path(out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    # Of plain data, as a redacted text may be no JSON.
-    plain = redact_values(decode_json(encode_json(content)))
+    # Of plain data, as a redacted text may be no JSON. Examples of errors are content.
+    plain = redact_values(decode_json(encode_json(content)), is_content=True)
     texts = {
-        "html": redact(render_report.to_html(content)),
-        "md": redact(render_report.to_markdown(content)),
+        "html": redact(render_report.to_html(content), is_content=True),
+        "md": redact(render_report.to_markdown(content), is_content=True),
         "json": encode_json(plain, indent=1).decode(),
     }
     for suffix, text in texts.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dist_ft.config import renames
 from dist_ft.config.error_messages import schema_paths
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError
@@ -46,7 +47,8 @@ _VARIABLES = {
 
 # Fields whose keys are labels of the data, and those whose texts are prose: a prompt may say
 # "password: ...", and a label may be `secret`.
-_LABEL_KEYS = ("prompting.verbalizers", "prompting.verbalisers")
+_LABELS = "prompting.verbalizers"
+_LABEL_KEYS = (_LABELS, *(old for old, new in renames.RUN.fields.items() if new == _LABELS))
 _PROSE = (
     "data.prompt_template",
     "data.system_prompt",
@@ -68,7 +70,7 @@ _RANDOM_NAMES = as_set(
 )
 
 _LOGIN = re.compile(
-    r"[^\s:@/]+:[^\s/@][^\s@]*@(?:localhost|[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}|[\w.-]+:[0-9]+)(?:/.*)?"
+    r"[^\s:@/]+:[^\s/@]+@(?:localhost|[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}|[\w.-]+:[0-9]+)(?:/.*)?"
 )
 
 # Accounts of Google in the form of their JSON files.

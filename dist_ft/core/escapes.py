@@ -99,9 +99,9 @@ def join_lines(text: str, below: Resolved | None) -> list[Resolved]:
     """
     if "\n" not in text:
         return []
-    directly = _replace(text, _BREAK, lambda _: "", below)
-    by_space = _replace(text, _BREAK, lambda _: " ", below)
-    return [layer for layer in (directly, by_space) if layer is not None]
+    joined = _replace(text, _BREAK, lambda _: "", below)
+    spaced = _replace(text, _BREAK, lambda _: " ", below)
+    return [layer for layer in (joined, spaced) if layer is not None]
 
 
 def _replace(

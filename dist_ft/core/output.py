@@ -13,13 +13,14 @@ from dist_ft.core.redaction import redact
 class RedactingStream:
     """A text stream that redacts all that is written to it; else the stream below."""
 
-    def __init__(self, stream: Any) -> None:
-        """Write to `stream`."""
+    def __init__(self, stream: Any, is_content: bool = False) -> None:
+        """Write to `stream`; `is_content` as in `redact`."""
         self._stream = stream
+        self._is_content = is_content
 
     def write(self, text: str) -> int:
         """Write `text` without credentials."""
-        self._stream.write(redact(text))
+        self._stream.write(redact(text, self._is_content))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -55,4 +56,5 @@ def redact_output() -> None:
         stream = getattr(sys, name)
         # None: a process without a terminal (pythonw, some daemons).
         if stream is not None and not isinstance(stream, RedactingStream):
-            setattr(sys, name, RedactingStream(stream))
+            # Results are printed on standard output: data, generated texts, manifests.
+            setattr(sys, name, RedactingStream(stream, is_content=name == "stdout"))

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -21,15 +22,24 @@ from dist_ft.core.secret_forms import (
     CHOICES,
     NOTHING,
     USERINFO,
+    content_spans,
     is_key_file,
     secret_spans,
     url_spans,
 )
 from dist_ft.core.secret_names import is_secret_name, is_secret_variable, is_strong_secret_name
-from dist_ft.core.secret_spellings import MIN_PLAIN, MIN_SECRET_LENGTH, Needle, spellings
+from dist_ft.core.secret_spellings import (
+    MIN_ANYWHERE,
+    MIN_PLAIN,
+    MIN_SECRET_LENGTH,
+    Needle,
+    spellings,
+)
 
 REDACTED = "<redacted>"
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_BASE64_TOKEN = re.compile(r"[A-Za-z0-9+/_-]{8,}={0,2}")
 _BASE64_CHARACTER = re.compile(r"[A-Za-z0-9+=_-]")
 
 
@@ -50,20 +60,28 @@ def remember_secret(name: str, value: str) -> None:
         _remembered[value] = name
 
 
-def redact(text: str) -> str:
-    """Return `text` without credentials: `<NAME>` in place of the value of a variable."""
+def redact(text: str, is_content: bool = False) -> str:
+    """Return `text` without credentials: `<NAME>` in place of the value of a variable.
+
+    Args:
+        text: any text.
+        is_content: it may hold data or text that a model generated. `password=...` is left as it
+            is in such a text; values of variables, known keys and URLs are not.
+    """
+    find_spans = content_spans if is_content else secret_spans
+
     # Read at each call, since variables may be set after logging was set up.
     needles = _needles(tuple(os.environ.items()), tuple(_remembered.items()))
 
-    hidden = list(_find(needles, text, None))
-    hidden += [_Hidden(start, end, REDACTED) for start, end in secret_spans(text)]
+    hidden = [*_find(needles, text, None), *_find_short_in_base64(needles, text)]
+    hidden += [_Hidden(start, end, REDACTED) for start, end in find_spans(text)]
 
     layers: list[Resolved] = []
     if "\\" in text or "%" in text or "&" in text:
         layers = resolve_escapes(text)
     for layer in layers:
         hidden += _find(needles, layer.text, layer)
-        for span in secret_spans(layer.text):
+        for span in find_spans(layer.text):
             hidden.append(_Hidden(*layer.original(*span), REDACTED))
 
     # A word that was broken over lines.
@@ -76,22 +94,22 @@ def redact(text: str) -> str:
     return _hide(text, hidden)
 
 
-def redact_values(value: Any) -> Any:
+def redact_values(value: Any, is_content: bool = False) -> Any:
     """Return plain nested data with all its texts redacted; keys too, unless they are field names.
 
     Use it for data that is parsed again: a redacted JSON or YAML text may not be valid any more.
     """
     if isinstance(value, str):
-        return redact(value)
+        return redact(value, is_content)
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
             if isinstance(key, str) and not re.fullmatch(r"[a-z_]*", key):
-                key = redact(key)
-            result[key] = redact_values(item)
+                key = redact(key, is_content)
+            result[key] = redact_values(item, is_content)
         return result
     if isinstance(value, list | tuple):
-        return [redact_values(item) for item in value]
+        return [redact_values(item, is_content) for item in value]
     return value
 
 
@@ -142,8 +160,9 @@ def _secrets_in(name: str, value: str) -> Iterator[str]:
             yield from _long_lines(lines)
         yield from _secret_fields(value)
 
-    # HTTPS_PROXY, DATABASE_URL: a URL with a password, under any name.
-    if "://" in value:
+    # HTTPS_PROXY, DATABASE_URL: a URL with a password, under any name. A text with URLs is none:
+    # shells and test runners keep commands and names of tests in variables.
+    if _URL.match(value) and len(value.split()) == 1:
         for match in USERINFO.finditer(value):
             yield match[0].rpartition(":")[2]
         for span in url_spans(value):
@@ -236,6 +255,21 @@ def _find(needles: tuple[Needle, ...], text: str, layer: Resolved | None) -> Ite
                     first, last = layer.original(first, last)
                 yield _Hidden(first, last, f"<{needle.name}>")
             start = text.find(needle.text, end)
+
+
+def _find_short_in_base64(needles: tuple[Needle, ...], text: str) -> Iterator[_Hidden]:
+    """Yield the base64 texts that hold a short secret, as Basic authentication does."""
+    secrets = {needle.text: needle.name for needle in needles if len(needle.text) < MIN_ANYWHERE}
+    if not secrets:
+        return
+
+    for match in _BASE64_TOKEN.finditer(text):
+        token = match[0].rstrip("=").replace("-", "+").replace("_", "/")
+        with contextlib.suppress(ValueError):
+            content = b64decode(token + "=" * (-len(token) % 4))
+            for secret, name in secrets.items():
+                if secret.encode() in content:
+                    yield _Hidden(*match.span(), f"<{name}>")
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

@@ -193,14 +193,14 @@ def _is_assigned(name: str, sign: str, value: str, is_quoted: bool) -> bool:
     return not is_clause or (len(value) >= 6 and _is_mixed(value))
 
 
+def content_spans(text: str) -> list[Span]:
+    """Return the parts of data or generated text that are credentials by form in any context."""
+    return [*url_spans(text), *key_spans(text)]
+
+
 def secret_spans(text: str) -> list[Span]:
     """Return all parts of `text` that are credentials by form, not sorted; they may overlap."""
-    return [
-        *url_spans(text),
-        *key_spans(text),
-        *header_spans(text),
-        *assignment_spans(text),
-    ]
+    return [*content_spans(text), *header_spans(text), *assignment_spans(text)]
 
 
 # --- single values

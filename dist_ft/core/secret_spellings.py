@@ -49,15 +49,18 @@ def spellings(value: str, name: str) -> Iterator[Needle]:
     is_whole = len(value) < MIN_ANYWHERE or (is_plain and len(value) < MIN_PLAIN)
     yield Needle(value, name, is_whole)
 
+    # A variable may hold bytes that are no text.
+    content = value.encode("utf-8", "surrogateescape")
+
     # A value with special characters: as it is quoted by shells, YAML, CSV and templates.
     texts = {
-        quote(value, safe=""),
-        quote_plus(value),
+        quote(content, safe=""),
+        quote_plus(content),
         value.replace(" ", "+"),
         json.dumps(value)[1:-1],
         json.dumps(json.dumps(value))[3:-3],
         repr(value)[1:-1],
-        repr(value.encode("utf-8", "surrogateescape"))[2:-1],
+        repr(content)[2:-1],
         html.escape(value),
         shlex.quote(value).strip("'"),
         value.replace("'", "''"),
@@ -68,7 +71,6 @@ def spellings(value: str, name: str) -> Iterator[Needle]:
         value.replace("$", "$$"),
         "".join(value.split()),
     }
-    content = value.encode("utf-8", "surrogateescape")
     texts.add(quopri.encodestring(content).decode("ascii"))
     for text in texts - {value}:
         if len(text) >= MIN_SECRET_LENGTH:
@@ -79,8 +81,8 @@ def spellings(value: str, name: str) -> Iterator[Needle]:
         digits = content.hex(separator) if separator else content.hex()
         yield Needle(digits, name, is_whole=len(content) < MIN_ANYWHERE)
         yield Needle(digits.upper(), name, is_whole=len(content) < MIN_ANYWHERE)
-    if len(content) >= MIN_ANYWHERE:
-        yield Needle(b32encode(content).decode("ascii").rstrip("="), name)
+    base32 = b32encode(content).decode("ascii").rstrip("=")
+    yield Needle(base32, name, is_whole=len(content) < MIN_ANYWHERE)
     yield from _base64(content, name)
 
 
@@ -92,6 +94,7 @@ def _base64(content: bytes, name: str) -> Iterator[Needle]:
     whole = b64encode(content).decode("ascii").rstrip("=")
     yield Needle(whole, name, is_whole=True, is_base64=True)
 
+    # A short one shares too few characters; `redaction` decodes what may be base64 instead.
     for offset in _BASE64_OFFSETS:
         encoded = b64encode(b"\0" * offset + content).decode("ascii")
         # The first and last characters also hold bits of what is before and after it.

@@ -128,7 +128,7 @@ def test_reports_show_no_secret_that_is_stored(
     assert "wrote report.html" in output, output
     json.loads((tmp_path / "report.json").read_text())
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.name == "README.md" for path in files), "the model card"
+    assert any(path.name == "README.md" for path in files), output
     for path in files:
         content = path.read_bytes().decode("latin-1")
         assert secret not in content and "u:p7x" not in content, path

@@ -95,7 +95,7 @@ def test_misspelled_names_are_quoted(main):
 
 def test_a_bad_value_names_the_option(main):
     code, _, err = main("preview", "c.yaml", "--samples", "many")
-    assert code == 2 and "--samples" in err and "not a valid int" in err
+    assert code == 2 and "--samples" in err and "valid integer" in err
 
 
 def test_everything_that_is_printed_is_redacted(main, monkeypatch):

@@ -23,6 +23,20 @@ def test_what_is_printed_holds_no_credential(monkeypatch, capsys):
     )
 
 
+def test_results_are_printed_as_they_are(monkeypatch, capsys):
+    """A model may generate code with a password in it; only what is secret by itself is hidden."""
+    monkeypatch.setenv("MY_TOKEN", "s3cr3tValue1977")
+    text = 'connect(password="abc-123")  # https://u:{}@host, {}'
+    with redacted_output():
+        for stream in (sys.stdout, sys.stderr):
+            print(text.format("pw-7x", "s3cr3tValue1977"), file=stream)
+    hidden = "# https://<redacted>@host, <MY_TOKEN>\n"
+    assert capsys.readouterr() == (
+        f'connect(password="abc-123")  {hidden}',
+        f'connect(password="<redacted>")  {hidden}',
+    )
+
+
 def test_a_stream_keeps_its_other_properties():
     below = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     stream = RedactingStream(below)

@@ -128,12 +128,21 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+WITHIN_MORE = (
+    "assignment",
+    "basic authentication",
+    "in a query",
+    "in a traceback",
+    "in a URL",
+    "JSON in JSON",
+    "query",
+)
+"""Encodings whose middle may be other text."""
+
+
 def whole_secret(secret: str, encoding: str) -> bool:
     """Whether a secret this short is hidden in this encoding; see `secret_spellings`."""
-    in_the_middle = ("user", "middle", "authentication", "base32")
-    is_buried = any(word in encoding for word in in_the_middle)
-    is_broken = "wrapped" in encoding or "over lines" in encoding
-    return len(secret) >= 6 or not (is_buried or is_broken)
+    return len(secret) >= 6 or "over lines" not in encoding
 
 
 def parts(secret: str) -> list[str]:
@@ -153,9 +162,9 @@ def test_a_secret_is_hidden_in_every_encoding(kind, encoding, monkeypatch):
         return
 
     assert "<MY_PASSWORD>" in redacted or "<redacted>" in redacted
-    # Four letters of the encoded text in a row would be a part of the secret.
+    # The middle of the encoded text is a part of the secret.
     middle = encoded[len(encoded) // 2 - 3 : len(encoded) // 2 + 3]
-    if sum(map(str.isalnum, middle)) >= 4:
+    if sum(map(str.isalnum, middle)) >= 4 and encoding not in WITHIN_MORE:
         assert middle not in redacted
     for part in parts(secret):
         assert part not in redacted
@@ -224,6 +233,12 @@ def test_variables_that_hold_no_secret(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     text = f"name token false /data/work 4096 {value} abc"
     assert redact(text) == text
+
+
+def test_a_variable_that_is_no_text(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cr3t\udcff-1977")
+    assert redact("a s3cr3t\udcff-1977 and s3cr3t%FF-1977") == "a <MY_TOKEN> and <MY_TOKEN>"
+    assert redact("lone \ud800 surrogate %ff \\ud800") == "lone \ud800 surrogate %ff \\ud800"
 
 
 def test_short_words_are_hidden_only_as_whole_words(monkeypatch):
