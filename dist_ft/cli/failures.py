@@ -22,7 +22,6 @@ from dist_ft.core.errors import (
     StorageError,
     explain_library_error,
 )
-from dist_ft.core.native_errors import is_panic
 
 _ADVICE = {
     errno.ENOSPC: "The disk is full. Free some space.",
@@ -79,14 +78,6 @@ def _explain(error: BaseException) -> DistFtError | None:
         return DataError(
             f"a name or text of an input is not UTF-8 ({_one_line(error)}). Rename or convert it. "
             "--debug shows where it was used."
-        )
-
-    # Libraries in Rust (tokenizers, safetensors) raise it for what they did not expect; it is no
-    # Exception, so that nobody handles it by mistake.
-    if is_panic(error):
-        return ModelError(
-            f"a library in Rust gave up on its input ({_one_line(error)}). A file of the model or "
-            "its tokenizer is damaged, or of an unknown form. --debug shows which call failed."
         )
 
     if isinstance(error, BrokenPipeError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -110,7 +109,7 @@ def main() -> None:
         except SystemExit as end:
             failures.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
         except typer.Abort:
-            print("Aborted!", file=sys.stderr)
+            output.echo("Aborted!", err=True)
             failures.leave(1)
         except BaseException as error:
             # Not only Exception: a panic of a library in Rust is none, and neither is Ctrl-C.

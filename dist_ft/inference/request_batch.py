@@ -7,11 +7,11 @@ memory, a bug) is not blamed on a row. Knows nothing of HTTP.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dist_ft.core.errors import MAX_LINE, DistFtError
+from dist_ft.core.json_documents import decode_json
 from dist_ft.core.native_errors import is_panic
 from dist_ft.core.printable import printable_line
 from dist_ft.data.sources.discovery import Row
@@ -38,8 +38,8 @@ def parse_rows(body: bytes) -> list[Row]:
         RequestError: the body is no JSON list of objects, or a row cannot be used by any model.
     """
     try:
-        rows = json.loads(body)
-    except (ValueError, RecursionError):
+        rows = decode_json(body)
+    except ValueError:
         raise RequestError(f"{BODY_FORM}. It is not valid JSON.") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RequestError(f"{BODY_FORM}. Write it so.")

@@ -147,7 +147,7 @@ def _describe_attempt(store: Store, name: str) -> str:
     try:
         note = read_json_object(store, f"{discovery.ATTEMPTS}/{name}")
     except (DocumentError, StorageError) as error:
-        return str(error)
+        return f"its record {discovery.ATTEMPTS}/{name} cannot be read ({error})"
 
     line = f"{note.get('started_at', '?')}, world {note.get('world_size', '?')}"
     if note.get("after"):

@@ -13,6 +13,9 @@ PATHS = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 
 JSON_CALLS = {
     "core/json_documents.py": "the door",
+    "config/credentials.py": "looks for credentials in a text; what is no JSON has none",
+    "core/redaction.py": "looks for credentials in a text; what is no JSON has none",
+    "pretrained/folder_files.py": "the door for model folders, whose JSON may have a key twice",
     "cluster/k8s/check.py": "the text was made by json.dumps just before",
     "cluster/k8s/patch.py": "a copy: the text was made by json.dumps just before",
     "data/batching/augmentation.py": "the tokenizer library made the text in this process",
@@ -31,11 +34,15 @@ PRINT_CALLS = {
 OPEN_CALLS = {
     "storage/local_files.py": "the door",
     "cli/failures.py": "/dev/null",
-    "cluster/jobs/package.py": "what is not a regular file is not packed",
+    "cluster/jobs/package.py": "writes",
+    "cluster/jobs/project_files.py": "what is not a regular file is not packed",
+    "core/scratch.py": "files that this process created",
     "data/blocks/token_cache.py": "the cache of this user",
     "inference/prediction_file.py": "the output of this command",
     "model/loading/download.py": "the cache of this user",
     "model/loading/meta_model.py": "writes",
+    "pretrained/folder_files.py": "the door for model folders; checks that files are regular",
+    "pretrained/weight_files.py": "its path comes from the door for model folders",
     "runs/render_report.py": "a template of the package",
     "runtime/bootstrap/build_model.py": "a folder that this process wrote",
     "runtime/bootstrap/watchdog.py": "a file that this process wrote",

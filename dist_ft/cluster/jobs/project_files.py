@@ -12,13 +12,13 @@ import ntpath
 import os
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from dist_ft.cluster.jobs.secret_names import is_secret_name
+from dist_ft.core import scratch
 
 GIT_TIMEOUT_S = 120
 _GIT_VARIABLES = frozenset(
@@ -276,9 +276,9 @@ def _walk(root: Path, subfolder: str, is_excluded: Callable[[str], bool]) -> Ite
 def _ignored_by(folder: Path, ignore_file: str) -> set[str]:
     """Return the files below a folder that ignore files of this name exclude, by git's rules."""
     # Git itself reads them, in a repository that knows no file.
-    with tempfile.TemporaryDirectory() as empty:
+    with scratch.folder("repository") as empty:
         try:
-            _git(folder, "init", "-q", "--bare", empty)
+            _git(folder, "init", "-q", "--bare", str(empty))
             names = _output_names(
                 folder,
                 *(f"--git-dir={empty}", f"--work-tree={folder}", "ls-files", "-z", "--others"),

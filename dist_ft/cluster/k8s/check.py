@@ -37,8 +37,8 @@ REQUIRED_PACKAGES = {
 MAX_MESSAGE_LENGTH = 300
 MAX_NAME_LENGTH = 100
 _NAMES = {
-    "apiVersion": re.compile(r"([a-z0-9.-]+/)?v[a-z0-9]+"),
-    "kind": re.compile(r"[A-Za-z][A-Za-z0-9]*"),
+    "apiVersion": re.compile(r"([a-z0-9.-]{1,253}/)?v[a-z0-9]{1,62}"),
+    "kind": re.compile(r"[A-Za-z][A-Za-z0-9]{0,62}"),
 }
 """Names from which the schema of an object follows."""
 

@@ -7,6 +7,7 @@ rows again. Code that comes with a dataset is not run, and its card names no fil
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -142,7 +143,7 @@ def _is_own_file(pattern: str, base_path: str, path: str) -> bool:
     from datasets import config
 
     # The library has resolved the name, so the base is `hf://datasets/<name>@<commit>`.
-    is_base = base_path.startswith(("hf://datasets/", path))
+    is_base = base_path.startswith(("hf://datasets/", path, os.path.abspath(path)))
     has_parent = any(".." in text.replace("\\", "/").split("/") for text in (pattern, base_path))
     if not is_base or has_parent or "::" in pattern:
         return False

@@ -23,7 +23,11 @@ def os_error(number: int, path: Any = "/some/file") -> OSError:
 CASES: dict[str, tuple[BaseException, int, str]] = {
     "recursion": (RecursionError("maximum recursion depth"), 2, "nested too deeply"),
     "memory": (MemoryError(), 1, "out of memory"),
-    "panic": (PanicException("called `Option::unwrap()`\non a `None`"), 2, "a library in Rust"),
+    "panic": (
+        PanicException("called `Option::unwrap()`\non a `None`"),
+        1,
+        "native code of a library",
+    ),
     "decoding": (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid"), 2, "is not UTF-8"),
     "encoding": (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), 2, "is not UTF-8"),
     "unknown": (OSError(errno.ETIMEDOUT, "Connection timed out"), 1, "Connection timed out."),

@@ -76,7 +76,7 @@ def test_a_written_config_loads_equal():
     assert load_config(yaml.safe_load(resolved_yaml(config))) == config
     assert RunConfig.model_validate(to_mapping(config)) == config
     assert resolved_yaml(config).startswith(
-        "run:\n  name: x\n  storage: ./runs\n  seed: 0\nmodel:\n"
+        "run:\n  name: x\n  storage: ./runs\n  seed: 0\n  max_hours: null\n  max_cost: null\nmodel:\n"
     )
     assert pickle.loads(pickle.dumps(config)) == config
 
@@ -296,7 +296,7 @@ def test_invalid_overrides(override, line):
         (
             "log.qqqqq=1",
             "log.qqqqq: no such field. Allowed in log: every_steps, straggler_steps, tensorboard, "
-            "wandb, mlflow, level. Remove it.",
+            "wandb, mlflow, notify, level. Remove it.",
         ),
         (
             "zzzzz.qqqqq=1",

@@ -194,7 +194,7 @@ def test_finding_12_a_damaged_evaluation_is_left_out(url, tmp_path, caplog, cont
     found = report.gather(str(run))
     assert found["examples_step"] == 15 and found["tables"]["confusion"]
     assert "the evaluation at step 20 is left out" in caplog.text
-    assert "step-000000020.json: not a stored evaluation" in caplog.text
+    assert "the evaluation at step 20 is left out: " in caplog.text
 
 
 def test_fault_26_without_its_evaluations_a_run_has_a_report(url, tmp_path):

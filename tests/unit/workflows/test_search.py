@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dist_ft.config.search import Search, SearchSection
-from dist_ft.core.errors import CheckpointError, ConfigError
+from dist_ft.core.errors import ConfigError, DocumentError
 from dist_ft.storage.filesystem import Store
 from dist_ft.workflows import ray_tune, search_report
 from dist_ft.workflows.search import (
@@ -178,6 +178,6 @@ def test_fault_26_a_damaged_state_is_refused_in_one_line(tmp_path, content):
     first = journal(tmp_path)
     first.on_start(0, {"optimizer.learning_rate": 1e-3})
     first.store.write("trials.json", content)
-    with pytest.raises(CheckpointError, match=r"trials.json: the file is damaged") as caught:
+    with pytest.raises(DocumentError, match=r"trials.json: ") as caught:
         journal(tmp_path)
     assert "\n" not in str(caught.value)

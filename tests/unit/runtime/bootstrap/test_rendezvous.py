@@ -20,6 +20,7 @@ import json, os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import listening
+from datetime import timedelta
 from pathlib import Path
 from dist_ft.runtime import local
 from dist_ft.runtime.bootstrap import rendezvous
@@ -28,7 +29,7 @@ with rendezvous.restored_environment():
     if "MASTER_ADDR" not in os.environ:
         rendezvous.meet_alone()
     rendezvous.stay_on_loopback()
-    local._init_process_group("gloo", 60)
+    local._init_process_group("gloo", timedelta(seconds=60))
     total = torch.ones(1)
     dist.all_reduce(total)
     second = dist.new_group(backend="gloo")
