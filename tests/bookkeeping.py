@@ -122,7 +122,7 @@ ROWS = {
     "config a list": Row(fill("run.yaml", b"- 1\n"), DAMAGED_CONFIG, "."),
     "config a folder": Row(make_folder("run.yaml"), "cannot read it", "cannot read it", None),
     "metrics removed": Row(remove("metrics.jsonl")),
-    "metrics torn": Row(tear("metrics.jsonl"), "not a file of metrics"),
+    "metrics torn": Row(tear("metrics.jsonl"), "not a file of metrics", "not a file of metrics"),
     "evaluations removed": Row(remove("evaluations")),
     "evaluation torn": Row(tear("evaluations/*")),
     "evaluation a list": Row(fill("evaluations/*", b"[1]")),
