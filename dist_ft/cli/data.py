@@ -337,7 +337,6 @@ def verify(
     \b
     Examples:
       dist-ft data verify runs/mine
-      dist-ft data verify configs/llama-8b.yaml run.name=mine
       dist-ft data verify s3://bucket/runs/mine --data s3://corpus
 
     Next: nothing to do if the answer is yes.

@@ -71,7 +71,7 @@ COMMANDS = {
     "data preview": {"config", "overrides", "--samples"},
     "data pack-stats": {"config", "overrides"},
     "data write": {"config", "overrides", "--out", "--format", "--shard-mib", "--tokenize"},
-    "data verify": {"run", "overrides"},
+    "data verify": {"run", "overrides", "--data"},
     "jobs list": {"--address"},
     "jobs status": {"name", "--address"},
     "jobs logs": {"name", "--follow", "--address"},
