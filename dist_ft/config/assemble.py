@@ -189,7 +189,7 @@ def _field(
         problems.append(renamed)
         value = renames.RUN.new_value(path, value)
 
-    if _has_no_text(value):
+    if _has_unusable_text(value):
         problems.append(
             f"{path}={format_value(value)}: has NUL or half of a character (a lone surrogate), "
             "which no path or file can hold. Allowed: other text. Correct it."
@@ -272,12 +272,12 @@ def _is_pseudo_number(value: Any, info: FieldInfo) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _has_no_text(value: Any) -> bool:
+def _has_unusable_text(value: Any) -> bool:
     """Whether a text in `value` has a character that no file or terminal can be given."""
     if isinstance(value, Mapping):
-        return any(_has_no_text(part) for item in value.items() for part in item)
+        return any(_has_unusable_text(part) for item in value.items() for part in item)
     if isinstance(value, list | tuple):
-        return any(_has_no_text(item) for item in value)
+        return any(_has_unusable_text(item) for item in value)
     return isinstance(value, str) and _NO_TEXT.search(value) is not None
 
 

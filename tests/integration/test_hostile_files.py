@@ -150,7 +150,7 @@ def dist_ft(
         # `runs verify` reports on stdout what is damaged, and exits with 1.
         assert bool(result.code) == bool(result.err) or arguments[1] == "verify", where
         # One line, or one for each problem of a config.
-        first, *others = result.err.splitlines() or [""]
+        others = result.err.splitlines()[1:]
         assert all(line.startswith("  - ") for line in others), where
         for char in result.out + result.err:
             assert char == "\n" or unicodedata.category(char) not in ("Cc", "Cs"), where
