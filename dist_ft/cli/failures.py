@@ -26,6 +26,7 @@ from dist_ft.core.errors import (
 _ADVICE = {
     errno.ENOSPC: "The disk is full. Free some space.",
     errno.EDQUOT: "The quota of the disk is used up. Free some space.",
+    errno.EFBIG: "The file is too large for the file system or the limit (ulimit -f).",
     errno.EROFS: "The file system is read-only. Choose another folder.",
     errno.EACCES: "Access is denied. Check the permissions.",
     errno.EPERM: "Access is denied. Check the permissions.",

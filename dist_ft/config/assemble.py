@@ -33,7 +33,7 @@ S = TypeVar("S", bound=Section)
 
 MAX_INTEGER = 2**63 - 1
 """Largest whole number of a field: numpy and torch compute with 64 bits."""
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,10 @@ def _field(
         problems.append(renamed)
         value = renames.RUN.new_value(path, value)
 
-    if _has_surrogate(value):
+    if _has_unusable_text(value):
         problems.append(
-            f"{path}={format_value(value)}: has half of a character (a lone surrogate), which no "
-            "file can hold. Allowed: text that UTF-8 can write. Correct it."
+            f"{path}={format_value(value)}: has NUL or half of a character (a lone surrogate), "
+            "which no path or file can hold. Allowed: other text. Correct it."
         )
         return
 
@@ -210,6 +210,10 @@ def _field(
 def _lines(path: str, info: FieldInfo, value: Any, errors: list[Any]) -> list[str]:
     """Return one line for the field, or one for each broken item of a list of sources."""
     items = [error for error in errors if error["loc"] and isinstance(error["loc"][0], int)]
+
+    # Without its broken items, pydantic also finds a list within an item too short.
+    inner = {error["loc"][:2] for error in items if len(error["loc"]) > 2}
+    items = [error for error in items if len(error["loc"]) != 2 or error["loc"] not in inner]
 
     # For a union pydantic has an error per member, all about the one value: a single line suffices.
     return [_line(path, info, value, error) for error in items or errors[-1:]]
@@ -269,13 +273,13 @@ def _is_pseudo_number(value: Any, info: FieldInfo) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _has_surrogate(value: Any) -> bool:
+def _has_unusable_text(value: Any) -> bool:
     """Whether a text in `value` has a character that no file or terminal can be given."""
     if isinstance(value, Mapping):
-        return any(_has_surrogate(part) for item in value.items() for part in item)
+        return any(_has_unusable_text(part) for item in value.items() for part in item)
     if isinstance(value, list | tuple):
-        return any(_has_surrogate(item) for item in value)
-    return isinstance(value, str) and _SURROGATE.search(value) is not None
+        return any(_has_unusable_text(item) for item in value)
+    return isinstance(value, str) and _NO_TEXT.search(value) is not None
 
 
 # Building an adapter compiles a validator. A search assembles the config of every trial.

@@ -33,6 +33,7 @@ _FINAL_CODES = (
     errno.ENOSPC,
     errno.EROFS,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EACCES,
     errno.EINVAL,
     errno.ENAMETOOLONG,

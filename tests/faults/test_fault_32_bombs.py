@@ -6,7 +6,6 @@ Real processes of the command line; memory is what the kernel measured, time wha
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -107,7 +106,7 @@ def parquet_row(path: Path, num_bytes: int) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.table({"text": ["x" * min(num_bytes, GIB)]})
+    table = pyarrow.table({"text": ["x" * num_bytes]})
     pyarrow.parquet.write_table(table, str(path), compression="zstd", use_dictionary=False)
 
 
@@ -130,10 +129,10 @@ BOMBS: dict[str, tuple[str, Callable[[Path, int], None], int]] = {
     "line in zst": ("a.jsonl.zst", zst_line, 4 * GIB),
     "line in csv.gz": ("a.csv.gz", gz_line, 20 * GIB),
     "rows in gz": ("a.jsonl.gz", gz_rows, 1 * GIB),
-    "array in json.gz": ("a.json.gz", gz_rows, 1 * GIB),
+    "rows in json.gz": ("a.json.gz", gz_rows, 1 * GIB),
     "text": ("a.txt", sparse, 200 * GIB),
     "dictionary": ("a.parquet", parquet_dictionary, 64 * GIB),
-    "row of parquet": ("a.parquet", parquet_row, 1 * GIB),
+    "row of parquet": ("a.parquet", parquet_row, GIB // 4),
 }
 
 
@@ -213,10 +212,11 @@ def test_output_that_nobody_reads(tmp_path: Path) -> None:
     path.write_text('{"text": "a", "spalte_ü_日本": 1}\n')
     command = [sys.executable, "-m", "dist_ft.cli", "data", "inspect", str(path)]
 
-    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    ended = subprocess.run(command, env=ascii_only, capture_output=True, check=False)
-    assert ended.returncode == 0, ended
-    assert b"spalte_\\xfc_\\u65e5\\u672c" in ended.stdout
+    for encoding, shown in (("latin-1", b"spalte_\xfc_\\u65e5\\u672c"), ("ascii", b"spalte_")):
+        environment = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        ended = subprocess.run(command, env=environment, capture_output=True, check=False)
+        assert ended.returncode == 0, ended
+        assert shown in ended.stdout
 
     reader, writer = os.pipe()
     os.close(reader)
@@ -251,6 +251,7 @@ def test_limits_of_the_machine_are_one_line(tmp_path: Path) -> None:
     ]
 
     # A file may have at most a MiB: writing fails as on a full disk (EFBIG).
+    started = time.monotonic()
     ended = subprocess.run(
         split,
         preexec_fn=limited(resource.RLIMIT_FSIZE, MIB),
@@ -258,16 +259,7 @@ def test_limits_of_the_machine_are_one_line(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert ended.returncode in (1, 2, -25), ended  # 25: SIGXFSZ, if Python does not ignore it
-    assert "Traceback" not in ended.stderr
-
-    # No file at all may be opened any more than a few.
-    ended = subprocess.run(
-        split,
-        preexec_fn=limited(resource.RLIMIT_NOFILE, 12),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode, ended
-    assert io.StringIO(ended.stderr).read()
+    assert ended.returncode == 1, ended
+    assert ended.stderr.startswith("dist-ft: ") and "File too large" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert time.monotonic() - started < 20, "not retried"

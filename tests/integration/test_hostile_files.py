@@ -93,6 +93,11 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "socket": make_socket,
 }
 HOSTILE = (*CONTENTS, *KINDS)
+QUICK = ("empty", "torn", "binary", "list", "deep lists", "laughs", "recursive", "tag", "pipe")
+"""What the quick tests put in the place of a file; the slow ones put everything."""
+SOME = [
+    pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow, id=kind) for kind in HOSTILE
+]
 
 
 def put(path: Path, kind: str) -> None:
@@ -144,7 +149,9 @@ def dist_ft(
         assert "still running" not in result.err, where
         # `runs verify` reports on stdout what is damaged, and exits with 1.
         assert bool(result.code) == bool(result.err) or arguments[1] == "verify", where
-        assert len(result.err.splitlines()) <= 3, where
+        # One line, or one for each problem of a config.
+        others = result.err.splitlines()[1:]
+        assert all(line.startswith("  - ") for line in others), where
         for char in result.out + result.err:
             assert char == "\n" or unicodedata.category(char) not in ("Cc", "Cs"), where
             assert char != "\u202e", where
@@ -262,7 +269,7 @@ def test_a_report_of_hostile_texts_holds_no_markup(
 
 
 # A damaged small file that every reader of runs needs, and one that only some do.
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", SOME)
 @pytest.mark.parametrize("name", ["run.yaml", "attempts/000001.json"])
 def test_hostile_files_of_a_run(name: str, kind: str, run: Path, dist_ft: Command) -> None:
     put(run / name, kind)
@@ -306,7 +313,7 @@ def config_commands(path: Path) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("kind", [*HOSTILE, "large"])
+@pytest.mark.parametrize("kind", [*SOME, "large"])
 def test_hostile_configs(kind: str, dist_ft: Command, tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(yaml.safe_dump(document(tmp_path)))
     path = tmp_path / "bad.yaml"
@@ -343,7 +350,6 @@ BROKEN_FIELDS: dict[str, str] = {
     "a surrogate": 'run: {name: "a\\ud800"}',
     "a surrogate as a key": '"\\ud800": {a: 1}',
     "a surrogate deep in a value": 'zero: {deepspeed: {a: ["\\udcff"]}}',
-    "a control character": 'run: {storage: "a\\e]0;owned\\a"}',
     "a NUL": 'run: {storage: "a\\0b"}',
     "a section that is a list": "evaluation: [1]",
     "a section that is a number": "model: 5",
