@@ -167,7 +167,7 @@ def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     if rng.random() < 0.05:
         words = [rng.choice(("--debug", "--task", "--task=os:system", "--help")), *words]
 
-    count = rng.choice((0, 1, 1, 1, 2, 3))
+    count = rng.choice((0, 0, 1, 1, 1, 2, 3))
     for _ in range(count):
         words = _mutated(rng, words, command)
 

@@ -73,12 +73,12 @@ def _config(rng: random.Random) -> tuple[bytes, list[str]]:
     else:
         task = rng.choice(list(documents.TASKS))
         document = documents.base_document(task, "drawn")
-        document = documents.with_random_fields(rng, document, rng.choice((0, 1, 2, 6)))
+        document = documents.with_random_fields(rng, document, rng.choice((0, 0, 0, 1, 1, 2, 6)))
         content = yaml.safe_dump(document, sort_keys=False).encode()
 
-    if rng.random() < 0.8:
+    if rng.random() < 0.75:
         content = _mutated(rng, content)
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         overrides.insert(rng.randrange(len(overrides) + 1), _override(rng))
     return content, overrides
 
@@ -89,7 +89,11 @@ def _mutated(rng: random.Random, content: bytes) -> bytes:
     if rng.random() < 0.6:
         tree = yaml.safe_load(content)
         for _ in range(count):
-            tree = mutate.mutate_tree(rng, tree, documents.field_names())
+            if isinstance(tree, dict) and rng.random() < 0.35:
+                # A value that its field allows, so that more than the schema is tested.
+                tree = documents.with_random_fields(rng, tree, 1)
+            else:
+                tree = mutate.mutate_tree(rng, tree, documents.field_names())
         content = _dump(rng, tree)
         count = rng.choice((0, 0, 0, 1))
 
