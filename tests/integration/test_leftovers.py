@@ -16,6 +16,8 @@ import pytest
 import tiny
 import yaml
 
+pytestmark = pytest.mark.slow
+
 EXPECTED = tuple(f"dist_ft-{os.geteuid()}/{name}" for name in ("ray-", "torchinductor"))
 """Logs of Ray's latest ends, and a cache."""
 
@@ -92,7 +94,6 @@ def test_killed_run_and_its_second_start_leave_nothing(base: Path, temp: Path) -
     left = leftovers(temp, base)
     assert any("tensorboard-" in name for name in left) and any("stacks-" in name for name in left)
 
-    # Files that a killed writer leaves in the cache, of both kinds of names.
     process = start(base, "one", temp, 0, "")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output[-3000:]
@@ -103,7 +104,6 @@ def test_killed_run_and_its_second_start_leave_nothing(base: Path, temp: Path) -
         assert folder.stat().st_mode & 0o077 == 0, folder
 
 
-@pytest.mark.slow
 @pytest.mark.ray
 def test_killed_run_on_ray_and_its_second_start_leave_at_most_logs(base: Path, temp: Path) -> None:
     """The driver's own kill: Ray's processes notice, and the trainers end with their workers."""
