@@ -42,7 +42,8 @@ def start(base: Path, name: str, temp: Path, workers: int, failpoint: str) -> su
         name,
         workers=workers,
         log={"tensorboard": True},
-        cluster={"progress_timeout_s": 300},
+        # A spare process outlives its worker for two minutes, for a worker that claims it.
+        cluster={"progress_timeout_s": 300, "standby": False},
         checkpoint={"local_folder": str(base / "local"), "local_every_steps": 2},
     )
     path = base / f"{name}.yaml"
