@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ray._private import services
+from ray._private import ray_constants, services
 from ray.scripts.scripts import main
 
 
@@ -22,6 +22,7 @@ def keep_address(host: str) -> str:
 if __name__ == "__main__":
     # In this process by the function, because with the variable Ray starts no second node. In the
     # processes of the nodes, and the jobs on them, by the variable.
+    ray_constants.ENABLE_RAY_CLUSTER = True
     services.resolve_ip_for_localhost = keep_address
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     sys.argv[0] = "ray"
