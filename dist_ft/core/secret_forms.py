@@ -19,6 +19,7 @@ from dist_ft.core.secret_names import (
     is_secret_name,
     is_secret_parameter,
     is_strong_secret_name,
+    words_of,
 )
 
 
@@ -86,12 +87,12 @@ _BUCKETS = (
     "abfss",
     "az",
 )
-_NO_PORT = "".join(rf"|(?<={scheme}://)[^/@\s:]*:[^@\s]*(?=@)" for scheme in _BUCKETS)
+_NO_PORT = "".join(rf"|(?<={scheme}://)[^/@\s:]*:(?!:)[^@\s]*(?=@)" for scheme in _BUCKETS)
 USERINFO = re.compile(
     # user:password@host, where the password may hold an @
-    r"(?i)(?<=://)[^/@\s:]*:[^/\s'\"]+(?=@)"
+    r"(?i)(?<=://)[^/@\s:]*:(?!:)[^/\s'\"]+(?=@)"
     # the same with a slash in the password, as keys of AWS have; host:port/path@x is none
-    r"|(?<=://)(?!\[?[0-9A-Za-z.-]+\]?:[0-9]{1,5}/)[^/@\s:]*:[^@\s'\"]+(?=@)"
+    r"|(?<=://)(?!\[?[0-9A-Za-z.-]+\]?:[0-9]{1,5}/)[^/@\s:]*:(?!:)[^@\s'\"]+(?=@)"
     + _NO_PORT
     +
     # a token as the user
@@ -120,6 +121,11 @@ _ASSIGNMENT = re.compile(
     r"(?P<value>\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|[^\s,;&'\"<>(){}\[\]]+)"
 )
 """`name=value`, `name: value`, `"name": "value"`."""
+# --token VALUE on a command line, ['--token', 'VALUE'] in its list.
+_OPTION = re.compile(
+    r"(?<![A-Za-z0-9-])--?(?P<name>[A-Za-z][A-Za-z0-9_-]{1,40})['\"]?,?[ \t]+['\"]?"
+    r"(?P<value>[^\s'\"<-][^\s'\"]{5,})"
+)
 NOTHING = frozenset({"none", "null", "true", "false", "yes", "no", "on", "off"})
 """Values under any name that are no credential."""
 
@@ -179,13 +185,22 @@ def assignment_spans(text: str) -> Iterator[Span]:
             position = end
             yield Span(start, end)
 
+    for match in _OPTION.finditer(text):
+        if is_secret_name(match["name"]) and _has_letters_and_digits(match["value"]):
+            yield Span(*match.span("value"))
+
 
 def _is_assigned(name: str, sign: str, value: str, is_quoted: bool) -> bool:
     """Whether the value after the name of a credential and this sign is the credential itself."""
     if value[0] in "<$" or value.lower() in NOTHING:
         return False
     if not is_strong_secret_name(name):
-        # key=name, token: 3 are options of many things, so only a random value counts.
+        # HF_TOKEN=..., token='...': what has letters and digits is no word. key=name, token: 3 are
+        # options of many things.
+        is_certain = name.isupper() or words_of(name)[-1] in ("token", "jwt", "pat")
+        is_set = "=" in sign or is_quoted
+        if is_certain and is_set and len(value) >= 8 and _has_letters_and_digits(value):
+            return True
         return is_random_value(value)
 
     # In prose a colon ends a clause: "your password: the link ...". Headers are no prose.
@@ -267,6 +282,10 @@ def _is_word(value: str) -> bool:
     """Whether a text is a word of a sentence: letters in one case, perhaps with a capital."""
     letters = value.rstrip(".,:;!?")
     return letters.isalpha() and letters[1:].islower()
+
+
+def _has_letters_and_digits(value: str) -> bool:
+    return any(map(str.isalpha, value)) and any(map(str.isdigit, value))
 
 
 def _is_mixed(value: str) -> bool:

@@ -66,7 +66,7 @@ def failed_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         base,
         "leaky",
         schedule={"epochs": None, "steps": 4},
-        checkpoint={"every_steps": 1},
+        checkpoint={"every_steps": 1, "background": False},
         log={"tensorboard": True},
     )
     file = base / "leaky.yaml"

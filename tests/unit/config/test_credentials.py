@@ -65,11 +65,7 @@ def refuse(entry: Mapping[str, Any], folder: Path) -> list[ConfigError]:
         document = merged(entry["config"])
         file = folder / "run.yaml"
         file.write_text(yaml.safe_dump(document))
-        calls = [
-            lambda: load_config(document),
-            lambda: load_config(file),
-            lambda: load_config(json.dumps(document)),
-        ]
+        calls = [lambda: load_config(document), lambda: load_config(file)]
     elif "overrides" in entry:
         calls = [
             lambda: load_config(BASE, entry["overrides"]),
@@ -123,16 +119,14 @@ def test_a_credential_is_refused_and_not_quoted(name, tmp_path):
 
 
 @pytest.mark.parametrize("document", HONEST, ids=[json.dumps(entry)[:80] for entry in HONEST])
-def test_an_honest_config_is_accepted(document, tmp_path):
+def test_an_honest_config_is_accepted(document):
     whole = merged(document)
     config = load_config(whole)
     assert not credential_problems(config)
 
     # Nothing is masked in it, and what a run stores of it loads again.
     assert mask_credentials(whole).mapping == whole
-    file = tmp_path / "run.yaml"
-    file.write_text(resolved_yaml(config))
-    assert load_config(file) == config
+    assert load_config(to_mapping(config)) == config
 
 
 def test_recipes_and_configs_hold_no_credential():
