@@ -70,7 +70,7 @@ class _CountingCodeGenerator(CodeGenerator):
         else:
             self._wrap("(environment.count_step(0) and ", super().visit_Compare, node, frame)
 
-    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
         """Count the text of a sum; by a method of its own, as templates add all their text."""
         self.write("environment.add(")
         self.visit(node.left, frame)
