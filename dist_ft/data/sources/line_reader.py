@@ -91,7 +91,7 @@ def iter_lines(
         chunks: content of the file in pieces.
         url: the shard, for errors.
         max_bytes: limit of a line, its line break not included.
-        meter: is advanced by the bytes of each line, up to `max_bytes`.
+        meter: is advanced by the bytes of each line that is not too long.
 
     Raises:
         DataError: a line does not end within `MAX_SKIPPED_BYTES`.
@@ -106,9 +106,10 @@ def iter_lines(
             num_bytes = num_held + len(part)
             position += num_bytes + 1
             # What is skipped takes no memory, which is what the meter is for.
-            meter.num_bytes += min(num_bytes, max_bytes) + 1
+            is_long = num_bytes > max_bytes
+            meter.num_bytes += 1 if is_long else num_bytes + 1
 
-            if num_bytes > max_bytes:
+            if is_long:
                 yield LongLine(num_bytes, max_bytes)
             elif held:
                 yield b"".join([*held, part, b"\n"])
@@ -124,9 +125,11 @@ def iter_lines(
             held.append(rest)
 
     # the last line, if it has no line break
-    if num_held:
-        meter.num_bytes += min(num_held, max_bytes)
-        yield b"".join(held) if num_held <= max_bytes else LongLine(num_held, max_bytes)
+    if num_held > max_bytes:
+        yield LongLine(num_held, max_bytes)
+    elif num_held:
+        meter.num_bytes += num_held
+        yield b"".join(held)
 
 
 def _require_end_near(url: str, start: int, num_bytes: int) -> None:
