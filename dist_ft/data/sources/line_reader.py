@@ -45,7 +45,7 @@ class LongLine(NamedTuple):
 
 
 class ByteMeter:
-    """Counts the bytes of the lines that were read from a shard."""
+    """Counts the bytes of the lines that were read from a shard, without what was skipped."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -91,21 +91,25 @@ def iter_lines(
         chunks: content of the file in pieces.
         url: the shard, for errors.
         max_bytes: limit of a line, its line break not included.
-        meter: is advanced by the bytes of each line.
+        meter: is advanced by the bytes of each line that is not too long.
 
     Raises:
         DataError: a line does not end within `MAX_SKIPPED_BYTES`.
     """
     held: list[bytes] = []  # the line so far; empty if it is too long
     num_held = 0  # its bytes, kept or not
+    position = 0  # where it starts
 
     for chunk in chunks:
         *complete, rest = chunk.split(b"\n")
         for part in complete:
             num_bytes = num_held + len(part)
-            meter.num_bytes += num_bytes + 1
+            position += num_bytes + 1
+            # What is skipped takes no memory, which is what the meter is for.
+            is_long = num_bytes > max_bytes
+            meter.num_bytes += 1 if is_long else num_bytes + 1
 
-            if num_bytes > max_bytes:
+            if is_long:
                 yield LongLine(num_bytes, max_bytes)
             elif held:
                 yield b"".join([*held, part, b"\n"])
@@ -116,14 +120,16 @@ def iter_lines(
         num_held += len(rest)
         if num_held > max_bytes:
             held = []
-            _require_end_near(url, meter.num_bytes, num_held)
+            _require_end_near(url, position, num_held)
         elif rest:
             held.append(rest)
 
     # the last line, if it has no line break
-    if num_held:
+    if num_held > max_bytes:
+        yield LongLine(num_held, max_bytes)
+    elif num_held:
         meter.num_bytes += num_held
-        yield b"".join(held) if num_held <= max_bytes else LongLine(num_held, max_bytes)
+        yield b"".join(held)
 
 
 def _require_end_near(url: str, start: int, num_bytes: int) -> None:

@@ -46,8 +46,13 @@ def test_lines_are_those_of_the_file_whatever_the_chunks() -> None:
 def test_the_meter_counts_every_byte() -> None:
     meter = ByteMeter()
     content = b"a\nbbbb\n\nccc"
-    list(iter_lines(iter([content[:3], content[3:]]), "a.jsonl", 2, meter))
+    list(iter_lines(iter([content[:3], content[3:]]), "a.jsonl", 4, meter))
     assert meter.num_bytes == len(content)
+
+    # What is skipped is never in memory, and does not count.
+    meter = ByteMeter()
+    list(iter_lines(iter([content[:3], content[3:]]), "a.jsonl", 2, meter))
+    assert meter.num_bytes == len(b"a\n" + b"\n" + b"\n")
 
 
 def zeros(num_bytes: int) -> Iterator[bytes]:
