@@ -140,7 +140,7 @@ NEED_WEIGHTS = {"index", "link", "peft", *(name for name in ATTACKS if name.star
 def command_line(command: str, model: Path, base: Path, tmp_path: Path) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "say the fox", "text": "the fox"}\n')
-    document = tiny.config(base, "hostile", schedule={"epochs": None, "steps": 1})
+    document = tiny.config(base, "hostile", schedule={"epochs": None, "steps": 2})
     document["model"]["path"] = str(model)
     document["run"]["storage"] = str(tmp_path / "runs")
     config = tmp_path / "config.yaml"
@@ -210,10 +210,12 @@ def test_fault_28_hostile_run_folders_are_refused_in_one_line(
 
 def test_exported_models_and_runs_still_load(run: str, base: Path, tmp_path: Path) -> None:
     """The checks refuse nothing that dist_ft writes itself."""
+    from dist_ft.inference.model_folder import PredictionOptions
     from dist_ft.inference.predict import Predictor
 
     folder = export_run(run, str(tmp_path / "exported"))
-    (prediction,) = Predictor(folder).predict([{"prompt": "say the fox"}])
+    predictor = Predictor(folder, options=PredictionOptions(max_new_tokens=4))
+    (prediction,) = predictor.predict([{"prompt": "say the fox"}])
     assert isinstance(prediction["response"], str)
 
 
