@@ -120,7 +120,7 @@ def check_format(budget: RenderBudget, template: str, values: tuple[Any, ...]) -
         raise TemplateLimitError(f"it formats a text with more than {MAX_COUNT:,} fields")
     largest = 0
     for value in values:
-        if isinstance(value, str | bytes | CONTAINERS):
+        if isinstance(value, (str, bytes, *CONTAINERS)):
             largest = max(largest, budget.weigh(value))
     budget.spend(len(template) + num_fields * largest)
 

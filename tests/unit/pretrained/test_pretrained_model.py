@@ -167,6 +167,7 @@ def test_shards_outside_of_the_folder_are_not_read(folder, tmp_path, shard):
 def test_links_out_of_the_folder_are_refused(folder, tmp_path, name):
     if name == "chat":
         (tmp_path / "secret").write_text("x")
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
         (folder / "chat_template.jinja").symlink_to(tmp_path / "secret")
     else:
         (folder / name).rename(tmp_path / name)
