@@ -125,6 +125,10 @@ def _train(document: dict[str, Any]) -> None:
     from dist_ft import api
     from dist_ft.config.load import load_config
 
+    # A run stores the places of its data. A case has a folder of its own, and the data are here.
+    for section, field in (("data", "train"), ("evaluation", "data")):
+        if section in document:
+            document[section][field] = str(Path.cwd() / document[section][field])
     api.train(load_config(document))
 
 

@@ -126,7 +126,11 @@ def judged(case: Case, outcome: Outcome) -> list[Problem]:
         # It prints the traceback of every error.
         found = [problem for problem in found if problem.category != "traceback"]
     if kind.must_succeed and outcome.code:
-        found.append(Problem("refused", f"exit code {outcome.code}: {outcome.stderr[-300:]!r}"))
+        found.append(
+            Problem(
+                "refused", f"exit code {outcome.code}: {outcome.stderr[-300:]!r} {outcome.guards}"
+            )
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat
 
+from dist_ft.config.sections.prompting import template_problem
 from dist_ft.config.sections.section import Identity, Section
 
 DEFAULT_BUCKET = 64
@@ -352,4 +353,11 @@ def _source_names(data: DataSection) -> Iterator[str]:
         )
 
 
-CHECKS = (_weights, _shares, _mixing_phases, _source_names)
+def _prompt_template(data: DataSection) -> Iterator[str]:
+    # Here and not at the first row: data.bad_rows=skip would skip every row because of it.
+    problem = template_problem(data.prompt_template, "data.prompt_template", ("prompt", "system"))
+    if problem is not None:
+        yield problem
+
+
+CHECKS = (_weights, _shares, _mixing_phases, _source_names, _prompt_template)

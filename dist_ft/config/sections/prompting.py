@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -119,27 +119,37 @@ def _method(prompting: PromptingSection) -> Iterator[str]:
         )
 
 
-def template_problem(template: str) -> str | None:
+def template_problem(
+    template: str,
+    path: str = "prompting.templates",
+    allowed: Sequence[str] = ("text", "pair"),
+) -> str | None:
     """Return what is wrong with a prompt; None if only its fields are filled with texts.
 
     A format string can also read attributes, and pad a text to any length.
+
+    Args:
+        template: text with fields in braces.
+        path: the field of the config that holds it.
+        allowed: names of the fields that it may have.
     """
-    shown = repr(template[:60])
-    remedy = "Only {text} and {pair} are allowed, other braces doubled ({{ and }}). Correct it."
+    shown = f"{path}={template[:60]!r}"
+    names = " and ".join(f"{{{name}}}" for name in allowed)
+    remedy = f"Only {names} are allowed, other braces doubled ({{{{ and }}}}). Correct it."
     try:
         fields = list(Formatter().parse(template))
     except ValueError as error:
-        return f"prompting.templates={shown}: {error}. {remedy}"
+        return f"{shown}: {error}. {remedy}"
 
     num_fields = 0
     for _, name, spec, conversion in fields:
         if name is None:
             continue  # text after the last field
         num_fields += 1
-        if name not in ("text", "pair") or spec or conversion:
-            return f"prompting.templates={shown}: has the field {{{name[:40]}}}. {remedy}"
+        if name not in allowed or spec or conversion:
+            return f"{shown}: has the field {{{name[:40]}}}. {remedy}"
     if num_fields > MAX_FIELDS:
-        return f"prompting.templates={shown}: has more than {MAX_FIELDS} fields. Use fewer."
+        return f"{shown}: has more than {MAX_FIELDS} fields. Use fewer."
     return None
 
 

@@ -256,4 +256,4 @@ def _as_argument(word: str) -> str:
     return os.fsdecode(content)
 
 
-KIND = Kind("commands", generate, (*MATERIALS, *EXPORTS), may_write_outside=True, quick_cases=80)
+KIND = Kind("commands", generate, (*MATERIALS, *EXPORTS), may_write_outside=True, quick_cases=40)

@@ -168,4 +168,4 @@ def _override(rng: random.Random) -> str:
     return f"{path}={value}".replace("\x00", "")
 
 
-KIND = Kind("configs", generate, MOVED, may_write_outside=True, quick_cases=120)
+KIND = Kind("configs", generate, MOVED, may_write_outside=True, quick_cases=60)

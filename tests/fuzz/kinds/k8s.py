@@ -40,4 +40,4 @@ def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     return Input(tuple(words), files={"mutated.yaml": content})
 
 
-KIND = Kind("k8s", generate, ("k8s",), quick_cases=20)
+KIND = Kind("k8s", generate, ("k8s",), quick_cases=10)

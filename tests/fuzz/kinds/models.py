@@ -80,4 +80,4 @@ def _commands(folder: str) -> list[tuple[str, ...]]:
     return commands
 
 
-KIND = Kind("models", generate, (*FOLDERS, *DATA), quick_cases=40)
+KIND = Kind("models", generate, (*FOLDERS, *DATA), quick_cases=10)

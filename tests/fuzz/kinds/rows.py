@@ -112,4 +112,4 @@ def _parquet(rows: list[Any]) -> bytes:
     return buffer.getvalue()
 
 
-KIND = Kind("rows", generate, ("model", "bert", "bart"), quick_cases=60)
+KIND = Kind("rows", generate, ("model", "bert", "bart"), quick_cases=30)

@@ -12,25 +12,27 @@ from fuzz.kinds import models, runs
 from fuzz.kinds.kind import Kind
 from fuzz.materials import Materials
 
-TRAINED = ("causal_lm", "sequence_classification", "question_answering")
+CHECKED = ("causal_lm", "token_classification", "question_answering", "seq2seq")
+TRAINED = ("causal_lm", "sequence_classification")
 
 
 def _inputs() -> list[Input]:
     """Return all of them."""
     found = []
-    for task in documents.TASKS:
-        content = yaml.safe_dump(documents.base_document(task, "sound")).encode()
-        for command in ("check", "train") if task in TRAINED else ("check",):
-            words = (command, "sound.yaml")
-            found.append(Input(words, materials=models.SOUND, files={"sound.yaml": content}))
+    for command, tasks in (("check", CHECKED), ("train", TRAINED)):
+        for task in tasks:
+            content = yaml.safe_dump(documents.base_document(task, "sound")).encode()
+            files = {"sound.yaml": content}
+            found.append(Input((command, "sound.yaml"), materials=models.SOUND, files=files))
 
     for command in dict.fromkeys(runs.COMMANDS):
         if "CONFIG" not in command and "1" not in command and "predict" not in command:
-            words = tuple("runs/lm" if word == "RUN" else word for word in command)
+            words = tuple(word.replace("RUN", "runs/lm") for word in command)
             found.append(Input(words, materials=(*runs.DATA, "run.yaml", "runs/lm")))
 
-    for folder in ("out", "adapter", "classifier"):
+    for folder in ("adapter", "classifier"):
         words = ("predict", folder, f"data/{models.TASKS[folder]}", "--out", "predicted.jsonl")
+        words += ("--max-new-tokens", "4")
         found.append(Input(words, materials=("model", "data", folder)))
     return found
 

@@ -60,4 +60,4 @@ def _mutated(rng: random.Random, call: str, content: bytes) -> bytes:
     return changed if isinstance(changed, bytes) else mutate.mutate_bytes(rng, content)
 
 
-KIND = Kind("stored", generate, ("model", "data", "held-out", "runs/lm"), quick_cases=40)
+KIND = Kind("stored", generate, ("model", "data", "held-out", "runs/lm"), quick_cases=20)

@@ -59,4 +59,4 @@ def generate(rng: random.Random, materials: Materials, number: int) -> Input:
     )
 
 
-KIND = Kind("templates", generate, ("model",), quick_cases=40)
+KIND = Kind("templates", generate, ("model",), quick_cases=20)
