@@ -142,7 +142,7 @@ class ClusterSection(Section):
         ),
     )
     exclude_node_after: int = Field(
-        3,
+        0,
         ge=0,
         description=(
             "Failures of one node within a day (crash, hang, out of memory, lost) after which it "

@@ -130,7 +130,8 @@ def _trainer_class(coordinator_name: str, config: RunConfig) -> type[Any]:
             # The policy of an elastic run; with a Ray that names it otherwise, nodes that are left
             # out count as usable, and a placement that fails is tried again.
             policy = arguments.get("scaling_policy")
-            if hasattr(policy, "_count_possible_workers"):
+            may_leave_out = config.cluster.exclude_node_after or config.cluster.avoid_nodes
+            if may_leave_out and hasattr(policy, "_count_possible_workers"):
                 arguments["scaling_policy"] = _elastic_policy(policy, coordinator_name, config)
             return super()._initialize_and_run_controller(**arguments)
 
@@ -149,9 +150,14 @@ def _elastic_policy(policy: Any, coordinator_name: str, config: RunConfig) -> An
             self.own_workers = Counter()
             return super().make_decision_for_non_running_worker_group()
 
-        def make_decision_for_running_worker_group(self, state: Any, status: Any) -> Any:
-            self.own_workers = Counter(worker.metadata.node_id for worker in state.workers)
-            return super().make_decision_for_running_worker_group(state, status)
+        def make_decision_for_running_worker_group(
+            self, worker_group_state: Any, worker_group_status: Any
+        ) -> Any:
+            workers = worker_group_state.workers
+            self.own_workers = Counter(worker.metadata.node_id for worker in workers)
+            return super().make_decision_for_running_worker_group(
+                worker_group_state=worker_group_state, worker_group_status=worker_group_status
+            )
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             left_out = _left_out_ids(coordinator_name, config)
