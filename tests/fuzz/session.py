@@ -24,7 +24,14 @@ from fuzz.pool import Pool
 from fuzz.sandbox import GUARDED
 
 HERE = Path(__file__).resolve().parent
-IMPORTED_FIRST = ("torch", "transformers", "peft", "pyarrow.parquet", "scipy.stats", "tokenizers")
+IMPORTED_FIRST = (
+    "torch",
+    "transformers",
+    "peft",
+    "pyarrow.parquet",
+    "scipy.stats",
+    "matplotlib.pyplot",
+)
 MAX_SHOWN = 40
 
 
