@@ -36,7 +36,7 @@ COMMANDS = (
     ("train", "CONFIG", "schedule.steps=5"),
     ("check", "CONFIG", "schedule.steps=5"),
     ("check", "run.yaml", "model.path=RUN"),
-    ("generate", "RUN", "--prompt", "say the"),
+    ("generate", "RUN", "--prompt", "say the", "--max-new-tokens", "4"),
     ("predict", "RUN", "data/sequence_classification/shard.jsonl", "--out", "predicted.jsonl"),
 )
 FAVORED = (
