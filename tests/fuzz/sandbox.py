@@ -35,7 +35,7 @@ MAX_GROWTH_BYTES = 3 * 2**30
 """Memory that a case can get: the machine survives what a bomb does."""
 MAX_FILE_BYTES = 256 * 2**20
 PROGRAMS = ("git", "kubectl", "kustomize", "uname", "fc-list")
-"""Programs that a command may start: they read."""
+"""Programs that a command may start: they read (fc-list for the fonts of a report)."""
 HARMLESS = ("/dev/null", "/dev/full", "/proc/self/")
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
