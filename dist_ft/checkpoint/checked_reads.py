@@ -21,6 +21,7 @@ import numpy as np
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.manifest import DamagedError, FileEntry
 from dist_ft.core.errors import StorageError
+from dist_ft.storage.error_messages import ShortFileError
 from dist_ft.storage.filesystem import Store
 
 NUM_CONCURRENT_READS = 4
@@ -153,6 +154,10 @@ class CheckedFiles:
             # is not damage: its latest checkpoint is still there.
             if isinstance(error.__cause__, FileNotFoundError):
                 raise DamagedError(f"{self.redacted_url(path)}: the file is missing") from error
+            if isinstance(error.__cause__, ShortFileError):
+                raise DamagedError(
+                    f"{self.redacted_url(path)}: is shorter than according to the manifest"
+                ) from error
             if self._unreadable_is_damaged and not self._entries[path].shared:
                 raise DamagedError(str(error)) from error
             raise

@@ -168,6 +168,10 @@ def read_tokenizer(source: Source) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=source.trust_remote_code
         )
+        length = tokenizer.model_max_length
+        if isinstance(length, bool) or not isinstance(length, int | float) or not length > 0:
+            raise ValueError(f"model_max_length={str(length)[:40]} is no number of tokens")
+
         # A row is tokenized much later: a tokenizer that cannot do that is reported here.
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.encode("a b")

@@ -16,8 +16,16 @@ class UnusableFileError(OSError):
     """
 
 
+class ShortFileError(OSError):
+    """A file of this machine that ends before the requested bytes.
+
+    Unlike the answer of a server, which a broken connection cuts, it is as short at the next try.
+    """
+
+
 _FINAL = (
     NoAnswerError,
+    ShortFileError,
     UnusableFileError,
     FileNotFoundError,
     FileExistsError,
@@ -106,6 +114,8 @@ def explain(error: Exception, attempts: int) -> str:
         return "Check the endpoint (storage.options, proxies, firewalls), or try again later."
     if isinstance(error, UnusableFileError):
         return "Only regular files up to that size are read. Remove it, or give another path."
+    if isinstance(error, ShortFileError):
+        return "The file is shorter than when it was listed or written. Restore it from a copy."
     if isinstance(error, FileNotFoundError):
         return "This file or bucket does not exist. Check the URL."
 

@@ -18,7 +18,7 @@ from dist_ft.core.errors import StorageError
 from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line
 from dist_ft.storage import http_client, listing, local_files
-from dist_ft.storage.error_messages import explain, is_empty_range, s3_code
+from dist_ft.storage.error_messages import ShortFileError, explain, is_empty_range, s3_code
 from dist_ft.storage.listing import FileInfo
 from dist_ft.storage.retry import max_attempts, with_retries
 
@@ -113,7 +113,8 @@ class Store:
 
         def fetch(fs: Any, full: str) -> bytes:
             # Checked within the call, so that an incomplete answer is retried.
-            return _require_complete(self._fetch(fs, full, start, stop), start, stop)
+            content = self._fetch(fs, full, start, stop)
+            return _require_complete(content, start, stop, is_local(self.url))
 
         return self._call("read", path, fetch)
 
@@ -154,7 +155,8 @@ class Store:
             return memoryview(self.read(path, start, stop))
 
         def fetch(fs: Any, full: str) -> memoryview:
-            return _require_complete(local_files.read_into(full, start, memory), start, stop)
+            content = local_files.read_into(full, start, memory)
+            return _require_complete(content, start, stop, is_own_file=True)
 
         return self._call("read", path, fetch)
 
@@ -255,15 +257,18 @@ class Store:
         return result
 
 
-def _require_complete(content: Any, start: int | None, stop: int | None) -> Any:
+def _require_complete(content: Any, start: int | None, stop: int | None, is_own_file: bool) -> Any:
     """Return `content`; raise OSError if it is shorter than the bytes [start, stop) of a file."""
     if stop is None:
         return content
 
     start = start or 0
     if len(content) != stop - start:
+        problem = f"got {len(content)} of {stop - start} bytes from offset {start}"
+        if is_own_file:
+            raise ShortFileError(problem)
         # OSError is retried: a connection that breaks may look like the end of the body.
-        raise OSError(f"got {len(content)} of {stop - start} bytes from offset {start}")
+        raise OSError(problem)
     return content
 
 

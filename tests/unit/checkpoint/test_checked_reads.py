@@ -103,3 +103,14 @@ def test_buffers_are_bounded_by_the_read_ahead(tmp_path):
         )
     }
     assert len(addresses) <= checked_reads.NUM_READ_AHEAD + 1
+
+
+def test_a_file_that_was_cut_off_on_disk_is_damaged_and_read_once(tmp_path):
+    """Readers that do not list the folder first waited half a minute for it to grow."""
+    store = Store(str(tmp_path))
+    cut = files(store)
+    store.write("f", CONTENT[:500])
+    started = time.monotonic()
+    with pytest.raises(DamagedError, match="f: is shorter than according to the manifest"):
+        cut.read("f", 400, 800)
+    assert time.monotonic() - started < 1

@@ -329,6 +329,14 @@ def test_panic_of_a_tokenizer_is_one_clear_line(folder):
     assert "cannot load the tokenizer" in refused(folder)
 
 
+@pytest.mark.parametrize("length", [{"a": 1}, [64], "64", True, 0, -1])
+def test_a_longest_input_that_is_no_number_is_refused(folder, length):
+    """transformers keeps any value, and `predict` compared it with numbers."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    assert "model_max_length=" in refused(folder)
+
+
 def test_errors_of_native_code_pass_no_handler():
     class PanicException(BaseException):
         """Named as those of Rust's extension modules."""

@@ -144,6 +144,17 @@ def test_one_of_several_threads_creates_the_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(str(number) for number in range(10))
 
 
+def test_a_short_file_of_this_machine_is_read_once(tmp_path, monkeypatch):
+    """Until 0.1.0 eight attempts waited half a minute for a file that does not grow."""
+    monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: pytest.fail("waits"))
+    store = filesystem.Store(str(tmp_path))
+    store.write("file", b"0123")
+    with pytest.raises(StorageError, match=r"got 4 of 10 bytes from offset 0\)\. The file is"):
+        store.read("file", 0, 10)
+    with pytest.raises(StorageError, match=r"got 2 of 3 bytes from offset 2\)\. The file is"):
+        store.read_into("file", 2, memoryview(bytearray(3)))
+
+
 def test_a_short_answer_is_an_error(store, monkeypatch):
     monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: lambda state: 0)
     store.write("file", b"0123")
