@@ -146,7 +146,9 @@ def test_one_of_several_threads_creates_the_file(tmp_path):
 
 def test_a_short_file_of_this_machine_is_read_once(tmp_path, monkeypatch):
     """Until 0.1.0 eight attempts waited half a minute for a file that does not grow."""
-    monkeypatch.setattr(retry, "wait_random_exponential", lambda **_: pytest.fail("waits"))
+    monkeypatch.setattr(
+        retry, "wait_random_exponential", lambda **_: lambda state: pytest.fail("waits")
+    )
     store = filesystem.Store(str(tmp_path))
     store.write("file", b"0123")
     with pytest.raises(StorageError, match=r"got 4 of 10 bytes from offset 0\)\. The file is"):
