@@ -182,6 +182,7 @@ def _load_adapter(
 
     # The seed does not matter: all initial values are overwritten.
     state = weight_files.load_weights(folder, WEIGHTS_FILE)
+    own_flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     peft_model = tuning.apply_tuning(model, _section_to_load(section), 0, task)
 
     # First the model's own weights: peft, here without `modules_to_save`, has no place for them.
@@ -208,6 +209,11 @@ def _load_adapter(
 
             # Merged, the model has the names and the speed of its base model.
             tuning.merge_adapters(model)
+
+    # To add the layers froze the others. What a run trains is chosen by its own section, from a
+    # model as any folder gives it: all weights trainable, except quantized ones.
+    for parameter, is_trainable in own_flags:
+        parameter.requires_grad_(is_trainable)
 
     # Whatever is left has not been loaded.
     if state:

@@ -30,6 +30,8 @@ def _inputs() -> list[Input]:
             words = tuple(word.replace("RUN", "runs/lm") for word in command)
             found.append(Input(words, materials=(*runs.DATA, "run.yaml", "runs/lm")))
 
+    words = ("train", "run.yaml", "model.path=adapter", "run.name=from-adapter")
+    found.append(Input(words, materials=(*runs.DATA, "run.yaml", "adapter")))
     for folder in ("adapter", "classifier"):
         words = ("predict", folder, f"data/{models.TASKS[folder]}", "--out", "predicted.jsonl")
         words += ("--max-new-tokens", "4")

@@ -65,6 +65,8 @@ def test_peft_and_dist_ft_read_adapters_back(base, name, method, tmp_path):
     (tmp_path / export_info.INFO_FILE).write_text(json.dumps(info))
     again, new = load_task_model(task, ModelSection(path=str(tmp_path), dtype="float32"))
     assert not new
+    # Else a run that starts from the folder would train its head alone, or nothing.
+    assert all(parameter.requires_grad for parameter in again.parameters())
     with torch.no_grad():
         expected, actual = (
             adapter_files.probe_outputs(found.eval(), task, soft_prompts.find_virtual_tokens(found))
