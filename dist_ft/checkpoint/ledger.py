@@ -24,6 +24,8 @@ COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
 FOLDER = attempts.LEDGER
 DELTA_COLUMNS = ("step", "sample")
 """Columns stored as the difference to the row before."""
+PART_BYTES = 2**24
+"""Bytes that are decompressed at a time."""
 MAX_BYTES = 2**32
 """Largest segment, uncompressed, that is read."""
 
@@ -167,13 +169,37 @@ def _narrow(values: np.ndarray) -> np.ndarray:
     return values.astype(np.int64)
 
 
+def _decompress(content: bytes, num_bytes: int) -> bytes:
+    """Return the `num_bytes` bytes that zstd compressed to `content`.
+
+    Raises:
+        ValueError, OSError: it holds fewer or more bytes, or is damaged.
+    """
+    import pyarrow
+
+    # In parts: a damaged file may state any number, and memory of that size is allocated only as
+    # bytes come.
+    stream = pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd")
+    parts: list[bytes] = []
+    num_left = num_bytes
+    while num_left:
+        part = stream.read(min(num_left, PART_BYTES))
+        if not part:
+            raise ValueError(f"{num_left:,} of {num_bytes:,} bytes are missing")
+        parts.append(part)
+        num_left -= len(part)
+
+    if stream.read(1):
+        raise ValueError(f"more than {num_bytes:,} bytes")
+    return b"".join(parts)
+
+
 def unpack_rows(content: bytes, where: str) -> np.ndarray:
     """Return the rows (N, 6) int64 that `pack_rows` packed.
 
     Raises:
         CheckpointError: `content` is not a valid segment; the message names `where`.
     """
-    import pyarrow
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -183,7 +209,7 @@ def unpack_rows(content: bytes, where: str) -> np.ndarray:
         if num_bytes > MAX_BYTES:
             raise ValueError(f"{num_bytes} bytes")
 
-        columns = load(pyarrow.Codec("zstd").decompress(content[8:], num_bytes, asbytes=True))
+        columns = load(_decompress(content[8:], num_bytes))
         for name in DELTA_COLUMNS:
             columns[name] = np.cumsum(columns[name], dtype=np.int64)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -142,3 +144,19 @@ def test_a_segment_is_compact():
     packed = pack_rows(many)
     assert np.array_equal(unpack_rows(packed, "x"), many)
     assert len(packed) / len(many) < 8
+
+
+def test_a_segment_that_states_gigabytes_takes_no_memory():
+    """Memory of the stated size was allocated before a byte was decompressed."""
+    packed = pack_rows(rows(0))
+    hostile = (2**32).to_bytes(8, "little") + packed[8:]
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"not a valid ledger segment \(.* are missing"):
+            unpack_rows(hostile, "x")
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+    with pytest.raises(CheckpointError, match="more than 10 bytes"):
+        unpack_rows((10).to_bytes(8, "little") + packed[8:], "x")
