@@ -140,7 +140,9 @@ NEED_WEIGHTS = {"index", "link", "peft", *(name for name in ATTACKS if name.star
 def command_line(command: str, model: Path, base: Path, tmp_path: Path) -> list[str]:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "say the fox", "text": "the fox"}\n')
-    document = tiny.config(base, "hostile", schedule={"epochs": None, "steps": 2})
+    document = tiny.config(
+        base, "hostile", schedule={"epochs": None, "steps": 1, "warmup_steps": 0}
+    )
     document["model"]["path"] = str(model)
     document["run"]["storage"] = str(tmp_path / "runs")
     config = tmp_path / "config.yaml"
@@ -187,7 +189,8 @@ def test_fault_28_hostile_models_are_refused_in_one_line(
         code, text = run_command(arguments, monkeypatch, capsys)
         if command not in ("plan", "preview") or attack not in NEED_WEIGHTS:
             assert code != 0, f"{command}: {text}"
-            assert "model" in text, f"{command}: {text}"
+            names = (f"{tmp_path}/hostile", f"{tmp_path}/second")
+            assert any(name in text for name in names), f"{command}: {text}"
         assert not hostile.marker.exists(), f"{command} ran code of the model"
 
 
@@ -214,8 +217,8 @@ def test_exported_models_and_runs_still_load(run: str, base: Path, tmp_path: Pat
     from dist_ft.inference.predict import Predictor
 
     folder = export_run(run, str(tmp_path / "exported"))
-    predictor = Predictor(folder, options=PredictionOptions(max_new_tokens=4))
-    (prediction,) = predictor.predict([{"prompt": "say the fox"}])
+    options = PredictionOptions(max_new_tokens=4)
+    (prediction,) = Predictor(folder, options).predict([{"prompt": "say the fox"}])
     assert isinstance(prediction["response"], str)
 
 
