@@ -297,7 +297,8 @@ def _line(error: Any) -> str:
     allowed = str(info.description).rstrip(".") if info else ", ".join(fields)
 
     message = error["msg"].removeprefix("Value error, ").lower()
-    return f"{'.'.join(map(str, location))}: {message}. Allowed: {allowed}. Correct it."
+    name = ".".join(map(str, location)) or "a key"
+    return f"{name}: {message}. Allowed: {allowed}. Correct it."
 
 
 def _trial_problems(config: RunConfig, section: SearchSection) -> list[str]:

@@ -174,8 +174,9 @@ def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> Stage
         lines = []
         for details in errors:
             location = details["loc"]
-            if len(location) > 1 or location[0] not in nested:
-                name = ".".join(map(str, location))
+            # An error of the file as a whole, such as a key that is no text, has no location.
+            if len(location) != 1 or location[0] not in nested:
+                name = ".".join(map(str, location)) or "a key"
                 lines.append(
                     f"{name}: {details['msg'].lower()}. Allowed: {_allowed(location)}. Correct it."
                 )
@@ -191,7 +192,7 @@ def _allowed(location: tuple[Any, ...]) -> str:
     # ("stages", number, field) lies in a stage, (field,) in the file.
     is_in_stage = len(location) > 1 and location[0] == "stages"
     section = StageSection if is_in_stage else StagesSection
-    info = section.model_fields.get(str(location[-1]))
+    info = section.model_fields.get(str(location[-1])) if location else None
     return str(info.description).rstrip(".") if info else ", ".join(section.model_fields)
 
 

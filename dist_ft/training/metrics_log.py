@@ -27,6 +27,7 @@ from dist_ft.training.callbacks import Callback
 from dist_ft.training.trackers import Trackers
 
 log = logging.getLogger("dist_ft.metrics")
+MAX_STEP = 2**62
 FILE = "metrics.jsonl"
 FLUSH_S = 30.0
 FLUSH_PAUSE = 20
@@ -213,7 +214,8 @@ def _check_line(line: Any) -> dict[str, Any]:
     """Return a line of metrics; raises ValueError for one without a step."""
     if not isinstance(line, dict):
         raise ValueError(f"a line is a {type(line).__name__}")
-    if not isinstance(line.get("step"), int):
+    step = line.get("step")
+    if not isinstance(step, int) or not 0 <= step < MAX_STEP:
         raise ValueError("a line has no step")
     return line
 
