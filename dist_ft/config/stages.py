@@ -190,8 +190,7 @@ def _parse(document: Mapping[str, Any], path: str, problems: list[str]) -> Stage
 def _allowed(location: tuple[Any, ...]) -> str:
     """Return the allowed value of the field at an error's location, or the allowed fields."""
     # ("stages", number, field) lies in a stage, (field,) in the file.
-    is_in_stage = len(location) > 1 and location[0] == "stages"
-    section = StageSection if is_in_stage else StagesSection
+    section = StageSection if len(location) > 1 and location[0] == "stages" else StagesSection
     info = section.model_fields.get(str(location[-1])) if location else None
     return str(info.description).rstrip(".") if info else ", ".join(section.model_fields)
 

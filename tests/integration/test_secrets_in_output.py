@@ -137,7 +137,7 @@ def test_reports_show_no_secret_that_is_stored(
 def test_debug_output_and_the_saved_traceback(tmp_path: Path) -> None:
     """Storage that does not answer: its address is in the errors of several libraries."""
     config = tmp_path / "run.yaml"
-    document = tiny.config(tmp_path, "x")
+    document = tiny.config(tiny.base(tmp_path), "x")
     document["model"]["path"] = "http://127.0.0.1:9/m"
     config.write_text(yaml.safe_dump(document))
     secret = VARIABLES["GITHUB_PAT"]
@@ -148,4 +148,4 @@ def test_debug_output_and_the_saved_traceback(tmp_path: Path) -> None:
         HTTP_PROXY=f"http://u:{secret}@127.0.0.1:9",
         http_proxy=f"http://u:{secret}@127.0.0.1:9",
     )
-    assert "model.path" in output and secret not in output
+    assert "http://127.0.0.1:9/m: cannot" in output and secret not in output
