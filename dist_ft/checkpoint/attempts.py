@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypedDict, cast
 from uuid import uuid4
 
 from dist_ft.checkpoint.tier import Tier
@@ -42,6 +42,26 @@ NOT_EXCLUSIVE = (
     "Only storage with conditional writes (If-None-Match) is allowed. Use another endpoint or file "
     "system."
 )
+
+class AttemptDocument(TypedDict, total=False):
+    """The record of an attempt as it is stored.
+
+    Attributes:
+        attempt: its number.
+        world_size: its number of ranks.
+        started_at: ISO 8601 in UTC.
+        failures: failures of earlier attempts that were noticed.
+        token: distinguishes two starts that took the same number.
+        after: why the attempt before it ended.
+    """
+
+    attempt: int
+    world_size: int
+    started_at: str
+    failures: int
+    token: str
+    after: str
+
 
 _CHECKPOINT = re.compile(r"step-[0-9]+-a([0-9]+)")
 _NUMBER_IN_NAME = {
@@ -127,7 +147,7 @@ def start_attempt(store: Store, num_ranks: int, previous_end: str = "", known: i
     """
     latest = max(known, latest_attempt(store))
     is_failure = bool(previous_end) and not previous_end.startswith(PLANNED)
-    record = {
+    record: AttemptDocument = {
         "attempt": 0,
         "world_size": num_ranks,
         "started_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -182,7 +202,7 @@ def num_failures(store: Store, attempt: int) -> int:
         return 0
 
 
-def read_record(store: Store, attempt: int) -> dict[str, Any]:
+def read_record(store: Store, attempt: int) -> AttemptDocument:
     """Return the record of an attempt.
 
     Raises:
@@ -192,11 +212,11 @@ def read_record(store: Store, attempt: int) -> dict[str, Any]:
     return _parse_record(store.read_at_most(record_path(attempt), MAX_BYTES))
 
 
-def _parse_record(content: bytes) -> dict[str, Any]:
+def _parse_record(content: bytes) -> AttemptDocument:
     record = decode_json(content)
     if not isinstance(record, dict):
         raise ValueError(f"it holds {type(record).__name__}, not an object")
-    return record
+    return cast(AttemptDocument, record)
 
 
 class Fence:

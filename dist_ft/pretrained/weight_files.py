@@ -9,11 +9,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_ft.core import native_errors
 from dist_ft.core.errors import DistFtError, ModelError
 from dist_ft.pretrained import folder_files
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX_SUFFIX = ".index.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -43,7 +46,7 @@ def open_weights(path: Path, shown: str) -> Iterator[Any]:
         ) from error
 
 
-def load_weights(folder: str | Path, name: str) -> dict[str, Any]:
+def load_weights(folder: str | Path, name: str) -> dict[str, torch.Tensor]:
     """Return all tensors of a file in `folder`, by name.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import TypedDict
 
 from dist_ft.config.sections.log import NotifyEvent
 from dist_ft.core.logs import redact
@@ -14,6 +14,27 @@ MAX_MESSAGE = 2000
 """Characters of a message."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
 VARIABLE_PREFIX = "DIST_FT_"
+
+
+class NoticeDocument(TypedDict):
+    """A notice as JSON; the keys are those of `Notice`."""
+
+    event: NotifyEvent
+    run: str
+    storage: str
+    step: int | None
+    time: str
+    message: str
+
+
+class WebhookDocument(NoticeDocument):
+    """What a webhook gets.
+
+    Attributes:
+        text: what Slack shows.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,7 @@ class Notice:
     time: str
     message: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> NoticeDocument:
         """Return the document that a command reads."""
         return {
             "event": self.event,
@@ -47,7 +68,7 @@ class Notice:
             "message": self.message,
         }
 
-    def to_webhook(self) -> dict[str, Any]:
+    def to_webhook(self) -> WebhookDocument:
         """Return the document that a webhook gets: also with `text`, which Slack shows."""
         # Slack reads <!channel> and <URL> in a text as commands of its own.
         text = f"dist_ft run {self.run}: {self.message}"
