@@ -43,6 +43,7 @@ NOT_EXCLUSIVE = (
     "system."
 )
 
+
 class AttemptDocument(TypedDict, total=False):
     """The record of an attempt as it is stored.
 
