@@ -21,7 +21,7 @@ import numpy as np
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
 from dist_ft.checkpoint.attempts import LEDGER, Fence
-from dist_ft.checkpoint.ledger import write_segment
+from dist_ft.checkpoint.ledger import LedgerRows, write_segment
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, LedgerEntry, Manifest
 from dist_ft.checkpoint.save_status import LostSharedError, SaveInProgress
@@ -44,12 +44,21 @@ class WrittenFiles:
         files: entries of all files. If none of them is shared, the shared files of the checkpoint
             before are reused.
         frozen: names of the weights in shared files.
-        ledger_rows: ledger rows (N, 6) of each worker.
+        ledger_rows: ledger rows of each worker.
+        cursors: int64 (n, 6) where all lanes are in streamed data; none if it is indexed.
     """
 
     files: tuple[FileEntry, ...]
     frozen: frozenset[str]
-    ledger_rows: Sequence[np.ndarray]
+    ledger_rows: Sequence[LedgerRows]
+    cursors: np.ndarray
+
+
+def _format_version(written: WrittenFiles) -> int:
+    """Return the lowest version of a manifest that older releases need to know to read it."""
+    if len(written.cursors):
+        return 3
+    return 2 if written.frozen else 1
 
 
 class Committer:
@@ -148,7 +157,7 @@ class Committer:
         # The ledger is written before the manifest that names its segments.
         ledger = self._extend_ledger(request.progress.step, written.ledger_rows)
         manifest = Manifest(
-            format_version=manifests.FORMAT_VERSION if written.frozen else 1,
+            format_version=_format_version(written),
             run=request.run,
             attempt=self._attempt,
             world_size=self._num_workers,
@@ -160,6 +169,7 @@ class Committer:
             ledger=ledger,
             frozen=tuple(sorted(written.frozen)),
             evaluation=request.evaluation,
+            cursors=manifests.pack_cursors(written.cursors),
             layout="" if local is None else local.layout,
             created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions={name: version(name) for name in RECORDED_PACKAGES},
@@ -215,7 +225,7 @@ class Committer:
             log.warning("older local checkpoints were not removed: %s", error)
 
     def _extend_ledger(
-        self, step: int, rows_by_worker: Sequence[np.ndarray]
+        self, step: int, rows_by_worker: Sequence[LedgerRows]
     ) -> tuple[LedgerEntry, ...]:
         start = 0
         if self._ledger:

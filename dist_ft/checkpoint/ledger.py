@@ -2,14 +2,17 @@
 
 Rows are taken from the batches themselves, not from the plan, so that comparing the two is a real
 check. Each checkpoint writes one segment and names it in its manifest; segments outlive the
-checkpoints that retention removes.
+checkpoints that retention removes. Segments of a streamed run also say what the slices hold that
+were read: no index does.
 
-A ledger row has six int64 columns, see COLUMNS. N is the number of rows.
+A ledger row has six int64 columns, see COLUMNS, and that of a slice five, see SLICE_COLUMNS. N is
+the number of rows, M that of slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,23 +24,53 @@ from dist_ft.storage.documents import MAX_LARGE_BYTES
 from dist_ft.storage.filesystem import Store
 
 COLUMNS = ("step", "epoch", "lane", "sample", "first_token", "num_tokens")
+SLICE_COLUMNS = ("slice", "num_rows", "num_bad", "num_segments", "checksum")
+"""Number of a slice over all sources, what it holds, and 63 bits of the checksum of its tokens."""
 FOLDER = attempts.LEDGER
 DELTA_COLUMNS = ("step", "sample")
 """Columns stored as the difference to the row before."""
+SLICE_PREFIX = "slices."
 PART_BYTES = 2**24
 """Bytes that are decompressed at a time."""
 MAX_BYTES = 2**32
 """Largest segment, uncompressed, that is read."""
 
 
+NO_SLICES = np.zeros((0, len(SLICE_COLUMNS)), dtype=np.int64)
+
+
+class LedgerRows(NamedTuple):
+    """Rows of a ledger.
+
+    Attributes:
+        samples: int64 (N, 6), see COLUMNS.
+        slices: int64 (M, 5), see SLICE_COLUMNS; those of an indexed run are none.
+    """
+
+    samples: np.ndarray
+    slices: np.ndarray = NO_SLICES
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[LedgerRows]) -> LedgerRows:
+        """Return the rows of all parts."""
+        # Starts with arrays without rows: there may be no part, and concatenate needs an array.
+        samples = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
+        slices = [NO_SLICES]
+        for part in parts:
+            samples.append(part.samples)
+            slices.append(part.slices)
+        return cls(np.concatenate(samples), np.concatenate(slices))
+
+
 class LedgerBuffer:
     """The rows of this worker since the last checkpoint."""
 
     def __init__(self) -> None:
-        self._rows: list[np.ndarray] = []
+        self._parts: list[LedgerRows] = []
 
-    def add(self, step: int, batches: Sequence[Batch]) -> None:
-        """Record the segments of this worker's `batches` of one step."""
+    def add(self, step: int, batches: Sequence[Batch], slices: np.ndarray = NO_SLICES) -> None:
+        """Record the segments of this worker's `batches` of one step, and slices (M, 5)."""
+        rows: list[np.ndarray] = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
         for batch in batches:
             num_segments = len(batch.segments)
             if not num_segments:
@@ -49,37 +82,38 @@ class LedgerBuffer:
                 batch.segments[:, 3],
                 np.full(num_segments, batch.lane),
             )
-            self._rows.append(np.column_stack([*leading_columns, batch.segments[:, :3]]))
+            rows.append(np.column_stack([*leading_columns, batch.segments[:, :3]]))
+        self._parts.append(LedgerRows(np.concatenate(rows), slices))
 
-    def restore(self, rows: np.ndarray) -> None:
-        """Put back rows (N, 6) that could not be committed, in front of the others."""
-        self._rows.insert(0, rows)
+    def restore(self, rows: LedgerRows) -> None:
+        """Put back rows that could not be committed, in front of the others."""
+        self._parts.insert(0, rows)
 
-    def take(self) -> np.ndarray:
-        """Return the rows (N, 6) so far, int64, and clear the buffer."""
+    def take(self) -> LedgerRows:
+        """Return the rows so far, and clear the buffer."""
         rows = self.rows()
-        self._rows = []
+        self._parts = []
         return rows
 
-    def rows(self) -> np.ndarray:
-        """Return the rows (N, 6) so far, int64."""
-        # Kept as one array: rows are requested again at each local checkpoint, which does not clear
+    def rows(self) -> LedgerRows:
+        """Return the rows so far."""
+        # Kept as one part: rows are requested again at each local checkpoint, which does not clear
         # the buffer.
-        empty = np.zeros((0, len(COLUMNS)), dtype=np.int64)
-        self._rows = [np.concatenate([empty, *self._rows])]
-        return self._rows[0]
+        self._parts = [LedgerRows.concatenate(self._parts)]
+        return self._parts[0]
 
 
 def write_segment(
-    store: Store, start: int, stop: int, attempt: int, rows_by_worker: Sequence[np.ndarray]
+    store: Store, start: int, stop: int, attempt: int, rows_by_worker: Sequence[LedgerRows]
 ) -> LedgerEntry:
-    """Write the rows (N, 6) of all workers for steps [start, stop); return the manifest entry."""
-    rows = np.concatenate(list(rows_by_worker))
+    """Write the rows of all workers for steps [start, stop); return the manifest entry."""
+    rows, slices = LedgerRows.concatenate(rows_by_worker)
 
     # Sorted, a segment does not depend on the number of workers, and neighboring rows differ
     # little. lexsort takes the most significant key last.
     by_step_lane_and_sample = np.lexsort((rows[:, 4], rows[:, 3], rows[:, 2], rows[:, 0]))
-    content = pack_rows(rows[by_step_lane_and_sample])
+    # A worker that took over a lane may have read a slice that another one had read.
+    content = pack_rows(LedgerRows(rows[by_step_lane_and_sample], np.unique(slices, axis=0)))
 
     path = f"{FOLDER}/{start:09d}-{stop:09d}-a{attempt:04d}.safetensors.zst"
     store.write(path, content)
@@ -87,13 +121,17 @@ def write_segment(
 
 
 def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
-    """Return all rows (N, 6), in order of steps, of the history that `manifest` ends.
+    """Return the rows (N, 6) of all samples; see `read_history`."""
+    return read_history(store, manifest).samples
+
+
+def read_history(store: Store, manifest: Manifest) -> LedgerRows:
+    """Return all rows, in order of steps, of the history that `manifest` ends.
 
     Raises:
         CheckpointError: a segment is damaged or missing.
     """
-    # Starts with an array without rows: a run may have no segment, and concatenate needs an array.
-    segments = [np.zeros((0, len(COLUMNS)), dtype=np.int64)]
+    segments = []
     next_step = 0
     for segment in manifest.ledger:
         rows = read_segment(store, segment)
@@ -111,11 +149,11 @@ def read_ledger(store: Store, manifest: Manifest) -> np.ndarray:
             f"{store.redacted_url(FOLDER)}: ends at step {next_step}, the checkpoint is at step "
             f"{manifest.progress.step}. The history has a gap. Restore the ledger from a copy."
         )
-    return np.concatenate(segments)
+    return LedgerRows.concatenate(segments)
 
 
-def read_segment(store: Store, segment: LedgerEntry) -> np.ndarray:
-    """Return the rows (N, 6) of one segment.
+def read_segment(store: Store, segment: LedgerEntry) -> LedgerRows:
+    """Return the rows of one segment.
 
     Raises:
         StorageError: it is missing, or the storage does not respond.
@@ -135,8 +173,8 @@ def read_segment(store: Store, segment: LedgerEntry) -> np.ndarray:
     return unpack_rows(content, where)
 
 
-def pack_rows(rows: np.ndarray) -> bytes:
-    """Return rows (N, 6) int64, sorted by step, as compressed safetensors: 4 to 8 bytes a row.
+def pack_rows(rows: LedgerRows) -> bytes:
+    """Return rows, sorted by step, as compressed safetensors: 4 to 8 bytes a sample.
 
     Each column is a tensor of the narrowest type that holds it; samples and steps are stored as
     differences.
@@ -144,11 +182,16 @@ def pack_rows(rows: np.ndarray) -> bytes:
     import pyarrow
     from safetensors.numpy import save
 
-    columns = {name: rows[:, i].copy() for i, name in enumerate(COLUMNS)}
+    columns = {name: rows.samples[:, i].copy() for i, name in enumerate(COLUMNS)}
 
     # With 0 in front, the first value is kept, and `cumsum` restores all of them.
     for name in DELTA_COLUMNS:
         columns[name] = np.diff(columns[name], prepend=0)
+
+    # An indexed run has none: its segments stay as earlier versions wrote them.
+    if len(rows.slices):
+        for i, name in enumerate(SLICE_COLUMNS):
+            columns[f"{SLICE_PREFIX}{name}"] = rows.slices[:, i]
 
     # `_narrow` also makes the columns contiguous: safetensors ignores strides.
     plain = save({name: _narrow(values) for name, values in columns.items()})
@@ -194,8 +237,8 @@ def _decompress(content: bytes, num_bytes: int) -> bytes:
     return b"".join(parts)
 
 
-def unpack_rows(content: bytes, where: str) -> np.ndarray:
-    """Return the rows (N, 6) int64 that `pack_rows` packed.
+def unpack_rows(content: bytes, where: str) -> LedgerRows:
+    """Return the rows that `pack_rows` packed.
 
     Raises:
         CheckpointError: `content` is not a valid segment; the message names `where`.
@@ -213,7 +256,13 @@ def unpack_rows(content: bytes, where: str) -> np.ndarray:
         for name in DELTA_COLUMNS:
             columns[name] = np.cumsum(columns[name], dtype=np.int64)
 
-        return np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
+        samples = np.column_stack([columns[name].astype(np.int64) for name in COLUMNS])
+
+        slices = NO_SLICES
+        if f"{SLICE_PREFIX}{SLICE_COLUMNS[0]}" in columns:
+            values = [columns[f"{SLICE_PREFIX}{name}"] for name in SLICE_COLUMNS]
+            slices = np.column_stack([column.astype(np.int64) for column in values])
+        return LedgerRows(samples, slices)
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{where}: not a valid ledger segment ({error}). The history cannot be verified. "

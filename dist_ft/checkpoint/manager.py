@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 
+import numpy as np
 import torch
 
 from dist_ft.checkpoint import discovery, retention
@@ -318,7 +319,9 @@ class CheckpointManager:
 
         # All ranks take part in this call, also if the save has failed on some of them.
         entries = self._list_entries(save) if own_problem is None else []
-        gathered = self._collectives.gather((entries, save.request.rows)) or []
+        gathered = (
+            self._collectives.gather((entries, save.request.rows, save.request.cursors)) or []
+        )
         if problem is not None:
             # If the disk is full, the next save needs the space.
             self._remove_files(save)
@@ -326,9 +329,10 @@ class CheckpointManager:
 
         if self._world.rank == 0:
             written = WrittenFiles(
-                files=tuple(item for of_rank, _ in gathered for item in of_rank),
+                files=tuple(item for of_rank, _, _ in gathered for item in of_rank),
                 frozen=self._frozen_after(save),
-                ledger_rows=[rows for _, rows in gathered],
+                ledger_rows=[rows for _, rows, _ in gathered],
+                cursors=np.concatenate([cursors for _, _, cursors in gathered]),
             )
             save.commit = self._writer.submit(lambda: self._commit(save, written))
         return None

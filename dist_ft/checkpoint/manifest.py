@@ -6,9 +6,12 @@ versions. This module does not access storage.
 
 from __future__ import annotations
 
+import base64
 import re
+import zlib
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pydantic
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from dist_ft.core.errors import CheckpointError
 from dist_ft.core.json_documents import decode_json
 
-FORMAT_VERSION = 2
-"""Version 1 has no files shared by several checkpoints; older releases of dist_ft read it too."""
+FORMAT_VERSION = 3
+"""Version 1 has no files shared by several checkpoints, version 2 no cursors. Older releases read
+what they know."""
 NAME = "manifest.json"
 BLOCK_BYTES = 2**21
 """The smallest range of a file that can be verified.
@@ -27,6 +31,8 @@ Each block takes 16 characters in the manifest.
 _CHECKSUM_FIELD, _END = b',\n "checksum": "', b"\n}"
 _CHECKSUM_PREFIX = "xxh3_128:"
 _BLOCK_DIGITS = 16
+CURSOR_VALUES = 6
+MAX_CURSOR_BYTES = 2**28
 _FOLDER = re.compile(r"step-([0-9]{9,})-a([0-9]{4,})")
 
 
@@ -142,6 +148,7 @@ class Manifest(_FrozenModel):
             this step was evaluated.
         frozen: names of the weights in the shared files; they are not trained and were written
             once.
+        cursors: where the lanes are in streamed data (`pack_cursors`); "" if it is indexed.
         layout: engine, ZeRO stage and number of workers that wrote a local checkpoint; "" in
             storage.
     """
@@ -158,6 +165,7 @@ class Manifest(_FrozenModel):
     ledger: tuple[LedgerEntry, ...] = ()
     frozen: tuple[str, ...] = ()
     evaluation: dict[str, float] = Field(default_factory=dict)
+    cursors: str = ""
     layout: str = ""
     created_at: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -166,6 +174,32 @@ class Manifest(_FrozenModel):
     def folder_name(self) -> str:
         """The name of the checkpoint's folder."""
         return folder_name(self.progress.step, self.attempt)
+
+
+def pack_cursors(cursors: np.ndarray) -> str:
+    """Return cursors, int64 (n, 6), as text; none of them as ""."""
+    if not len(cursors):
+        return ""
+    in_order = cursors[np.lexsort((cursors[:, 1], cursors[:, 0]))]
+    content = np.ascontiguousarray(in_order.T, dtype="<i8").tobytes()
+    return base64.b64encode(zlib.compress(content)).decode()
+
+
+def unpack_cursors(text: str, where: str) -> np.ndarray:
+    """Return the cursors that `pack_cursors` packed, int64 (n, 6).
+
+    `where`: URL of the manifest, for errors.
+
+    Raises:
+        DamagedError: `text` holds no cursors.
+    """
+    try:
+        # Before memory of any size is taken: a manifest may come from somebody else.
+        unpacker = zlib.decompressobj()
+        content = unpacker.decompress(base64.b64decode(text, validate=True), MAX_CURSOR_BYTES)
+        return np.frombuffer(content, dtype="<i8").reshape(CURSOR_VALUES, -1).T.copy()
+    except (ValueError, zlib.error) as error:
+        raise DamagedError(f"{where}: holds no valid cursors ({error})") from error
 
 
 def compute_checksum(content: bytes | memoryview) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dist_ft.checkpoint.ledger import LedgerRows
 from dist_ft.checkpoint.manifest import FileEntry, Progress, TensorInfo
 from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
@@ -36,23 +37,25 @@ class SaveRequest:
         run: name of the run.
         engine: class name of the engine that trained it.
         progress: the progress at this checkpoint.
-        rows: this worker's ledger rows (N, 6) since the last checkpoint.
+        rows: this worker's ledger rows since the last checkpoint.
         tensors: full shapes of the model's weights.
         aliases: names of tied weights, to the names they are saved under.
         evaluation: held-out metrics at this step.
         tier: where the files are written.
         commit_after: a background task that must end before the commit (rank 0 only).
+        cursors: int64 (n, 6) where this worker's lanes are in streamed data; none if it is indexed.
     """
 
     run: str
     engine: str
     progress: Progress
-    rows: np.ndarray
+    rows: LedgerRows
     tensors: dict[str, TensorInfo]
     aliases: dict[str, str]
     evaluation: dict[str, float]
     tier: Tier = Tier.STORAGE
     commit_after: Future[None] | None = None
+    cursors: np.ndarray = field(default_factory=lambda: np.zeros((0, 6), dtype=np.int64))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.core.errors import DataError
 from dist_ft.data.batch import Batch
-from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.batching.assemble import assemble_batch
 from dist_ft.data.encoding.make_encoder import make_encoder
 from dist_ft.data.encoding.prompt_templates import ALL_EXAMPLES
 from dist_ft.data.encoding.task_rows import Sample

@@ -131,7 +131,7 @@ class Saver:
 
     def after_step(self, step: int, batches: Sequence[Batch], seconds: float) -> None:
         """Record that `step` (from 0) is done."""
-        self._ledger.add(step, batches)
+        self._ledger.add(step, batches, self._components.loader.take_facts())
         self.trained_s += seconds
 
         # A step that is slowed down by a save to the other tier says nothing about this one: it is
@@ -234,6 +234,7 @@ class Saver:
             dict(evaluation),
             tier,
             metrics_written,
+            components.loader.cursors(),
         )
 
     def _record_start(self, tier: Tier, start_s: float) -> None:

@@ -22,7 +22,7 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.seeds import derive_seed
 from dist_ft.core.world import Collectives
 from dist_ft.data.batch import IGNORE_INDEX, Batch
-from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.batching.assemble import assemble_batch
 from dist_ft.engine.base import Engine
 from dist_ft.metrics import text_scores
 from dist_ft.training.held_out_generation import HeldOutSample, iterate_samples

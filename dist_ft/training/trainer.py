@@ -311,7 +311,7 @@ class Trainer:
         if components.metrics is None:
             return
 
-        epochs = components.loader.plan.epochs_done(self._step)
+        epochs = components.loader.epochs_done(self._step)
         metrics = values | self._sources.take_metrics(epochs)
         log_metrics(components.metrics, self._context.callbacks, self._step, "train", metrics)
         left_s = elapsed_s * (self._total_steps - self._step)

@@ -195,7 +195,7 @@ def assemble(samples: Sequence[np.ndarray], rows: Layout, name: str) -> Any:
     from dataclasses import replace
 
     from dist_ft.data.batch import IGNORE_INDEX
-    from dist_ft.data.batching.loader import assemble_batch
+    from dist_ft.data.batching.assemble import assemble_batch
 
     order = [sample for row in rows for sample in row]
     segments = np.array([[i, 0, len(samples[i]), 0] for i in order], dtype=np.int64)

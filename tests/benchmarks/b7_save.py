@@ -154,10 +154,11 @@ def build_manager(folder: Path, **section: Any) -> Any:
 
 def save_request(step: int) -> Any:
     """Return the request to save the state after `step`."""
+    from dist_ft.checkpoint.ledger import LedgerRows
     from dist_ft.checkpoint.manifest import Progress
     from dist_ft.checkpoint.save_status import SaveRequest
 
-    rows = np.zeros((1, 6), np.int64)
+    rows = LedgerRows(np.zeros((1, 6), np.int64))
     return SaveRequest(
         "b7", "TorchEngine", Progress(step=step, optimizer_step=step), rows, {}, {}, {}
     )
@@ -288,7 +289,7 @@ def steps_while_draining(engine: Any, folder: Path, count: int, limit: float) ->
 
 def timed_step(engine: Any) -> float:
     """Train one small batch and return its seconds."""
-    from dist_ft.data.batching.loader import assemble_batch
+    from dist_ft.data.batching.assemble import assemble_batch
 
     tokens = np.random.default_rng(0).integers(1, SHAPE["vocab_size"], TOKENS)
     batch = assemble_batch(

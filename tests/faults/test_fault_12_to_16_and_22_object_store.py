@@ -444,7 +444,7 @@ def test_fault_22_shard_that_changed_during_the_run_is_refused(config, faulty, t
     ):
         loaded(config("changing/*.jsonl"), tmp_path)
     empty = config("changing/*.jsonl", data={"cache_dir": str(tmp_path / "empty")})
-    loader.store.folder = Path(empty.data.cache_dir) / "tokens"
+    loader.store.writer.folder = Path(empty.data.cache_dir) / "tokens"
     loader.store._open.clear()
     with pytest.raises(DataError, match=r"a.jsonl: the shard changed after the data was listed"):
         tokens(loader)

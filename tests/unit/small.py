@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_ft.checkpoint.ledger import LedgerRows
 from dist_ft.checkpoint.manifest import Progress, TensorInfo
 from dist_ft.checkpoint.save_status import SaveRequest
 from dist_ft.config.schema import CheckpointSection, OptimizerSection, RunConfig
 from dist_ft.data.batch import IGNORE_INDEX, Batch
-from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.batching.assemble import assemble_batch
 from dist_ft.engine.torch_engine import TorchEngine
 from dist_ft.model.causal_lm import CausalLM
 from dist_ft.model.trainable_model import parameters_by_name
@@ -188,7 +189,7 @@ def draft(engine: Any, step: int, rows: np.ndarray, **evaluation: float) -> Save
         "r",
         type(engine).__name__,
         Progress(step=step, optimizer_step=engine.optimizer_step()),
-        rows,
+        LedgerRows(rows),
         tensors_of(engine),
         {},
         evaluation,

@@ -11,31 +11,31 @@ sequences of a block.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
 
 from dist_ft.core.errors import DataError
 from dist_ft.core.seeds import derive_seed
-from dist_ft.data.batch import IGNORE_INDEX, Batch, empty_batch
-from dist_ft.data.batching.augmentation import Augmentation
-from dist_ft.data.batching.masking import Masking
+from dist_ft.data.batch import Batch
+from dist_ft.data.batching.assemble import BatchBuilder, SequenceTokens, read_segments
+from dist_ft.data.batching.prefetch import build_ahead
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.blocks.segments import split_into_segments
 from dist_ft.data.blocks.token_cache import max_open_blocks
 from dist_ft.data.sampling.batch_plan import BatchPlan, SequenceRef
 from dist_ft.data.sampling.packing import SequenceMembers, group_into_sequences
+from dist_ft.data.sampling.stream_order import Cursor
 
+CURSOR_COLUMNS = ("lane", "source", *Cursor._fields)
+"""Columns of stored cursors."""
+NUM_FACTS = 5
 BLOCKS_AHEAD = 4
 """Blocks that are tokenized ahead of those in use, for each source."""
-CLOSE_S = 1.0
-"""How long the end of an iteration waits for the prefetching thread."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ class Loader:
         index: Index,
         store: BlockStore,
         prefetch_steps: int = 2,
-        masking: Masking | None = None,
-        augmentation: Augmentation | None = None,
+        builder: BatchBuilder | None = None,
     ) -> None:
         """Store the settings; raise the process's soft limit of open files (`max_open_blocks`).
 
@@ -75,15 +74,13 @@ class Loader:
             index: index of the data set.
             store: its tokenized blocks.
             prefetch_steps: steps whose batches are built in the background.
-            masking: masking of a masked language model; None: no masking.
-            augmentation: augmentation of training texts; None: no augmentation.
+            builder: builds batches; None: without masking and augmentation.
         """
         self.plan = plan
         self.index = index
         self.store = store
         self._prefetch_steps = prefetch_steps
-        self._masking = masking
-        self._augmentation = augmentation
+        self._builder = builder or BatchBuilder()
 
         # A property that sums over all blocks: computed once, as every batch needs it.
         self._first_samples = index.first_samples
@@ -100,11 +97,13 @@ class Loader:
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
         """Return one batch for each of `lanes` at `step`, from 0; a lane may be empty."""
         refs_by_lane = [self.plan.sequence_refs(step, lane) for lane in lanes]
-        batches = [self._batch(refs, lane) for refs, lane in zip(refs_by_lane, lanes, strict=True)]
+        batches = []
+        for refs, lane in zip(refs_by_lane, lanes, strict=True):
+            batches.append(self._builder.build([self.sequence(ref) for ref in refs], lane))
 
         # only now: blocks of this step must not wait behind those of later steps
         for refs in refs_by_lane:
-            self._request_ahead(refs)
+            self.request_ahead(refs)
         return batches
 
     def iterate(
@@ -115,26 +114,28 @@ class Loader:
         The next steps are built in a background thread.
         """
         self._set_max_open_blocks(len(lanes))
-        # one thread, so that steps are built in order
-        pool = ThreadPoolExecutor(1, thread_name_prefix="dist_ft-loader")
-        pending: deque[Future[list[Batch]]] = deque()
-        try:
-            for step in range(start, stop):
-                pending.append(pool.submit(self.batches, step, lanes))
-                if len(pending) > self._prefetch_steps:
-                    # raises here what the thread raised
-                    yield pending.popleft().result()
+        yield from build_ahead(
+            lambda step: self.batches(step, lanes), range(start, stop), self._prefetch_steps
+        )
 
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            # Also runs when the consumer stops early. A thread that waits for a block to be
-            # tokenized cannot be interrupted, so waiting for it has a limit; closing the store ends
-            # it.
-            pool.shutdown(wait=False, cancel_futures=True)
-            running = [future for future in pending if not future.cancelled()]
-            is_busy = bool(wait(running, CLOSE_S).not_done)
-            pool.shutdown(wait=not is_busy)
+    def epochs_done(self, step: int) -> list[float]:
+        """Return about how many of its epochs each source has completed before a step."""
+        return self.plan.epochs_done(step)
+
+    def cursors(self) -> np.ndarray:
+        """Return no cursors (0, 6): the order of an index follows from the step."""
+        return np.zeros((0, len(CURSOR_COLUMNS)), dtype=np.int64)
+
+    def restore(self, step: int, cursors: np.ndarray) -> None:
+        """Start from a checkpoint: nothing to do, as the order follows from the step."""
+
+    def take_facts(self) -> np.ndarray:
+        """Return no facts of slices (0, 5): the index has those of all blocks."""
+        return np.zeros((0, NUM_FACTS), dtype=np.int64)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.store.close()
 
     def packed(self, epoch: int, number: int) -> PackedBlock:
         """Return a block as packed in an epoch of its source. Safe over threads."""
@@ -198,48 +199,18 @@ class Loader:
             )
         return PackedBlock(segments, sequences)
 
-    def _batch(self, refs: Sequence[SequenceRef], lane: int) -> Batch:
-        """Return the batch of a lane: its sequences, one a row."""
-        if not refs:
-            return empty_batch(lane=lane)
+    def sequence(self, ref: SequenceRef) -> SequenceTokens:
+        """Return the tokens of a sequence."""
+        bounds = self.packed(ref.epoch, ref.block).sequence(ref.sequence)  # (n, 3)
+        tokens, targets = read_segments(self.store.block(ref.block), bounds)
 
-        token_parts: list[np.ndarray] = []
-        target_parts: list[np.ndarray] = []
-        segments_by_row: list[np.ndarray] = []
-        row_sources: list[tuple[int, int]] = []
-        for ref in refs:
-            bounds = self.packed(ref.epoch, ref.block).sequence(ref.sequence)  # (n, 3)
-            row, first, size = bounds.T
+        row, first, size = bounds.T
+        sample_ids = row + self._first_samples[ref.block]
+        epochs = np.full(len(bounds), ref.epoch)
+        segments = np.column_stack([sample_ids, first, size, epochs])
+        return SequenceTokens(ref.source, tokens, targets, segments)
 
-            block = self.store.block(ref.block)
-            starts = block.offsets[row] + first
-            for start, stop in zip(starts.tolist(), (starts + size).tolist(), strict=True):
-                token_parts.append(block.tokens[start:stop])
-                target_parts.append(block.targets[start:stop])
-
-            # The segments are as stored in the data: masks, augmentation and the ledger identify a
-            # sample by them.
-            sample_ids = row + self._first_samples[ref.block]
-            epochs = np.full(len(bounds), ref.epoch)
-            segments_by_row.append(np.column_stack([sample_ids, first, size, epochs]))
-            row_sources.append((ref.source, size.sum()))
-
-        tokens = np.concatenate(token_parts)  # (L,)
-        targets = np.concatenate(target_parts)  # (L,)
-        segments = np.concatenate(segments_by_row)  # (N, 4)
-        segments_per_row = [len(own) for own in segments_by_row]
-        rows = np.repeat(np.arange(len(refs)), segments_per_row)  # (N,)
-
-        if self._masking is not None:
-            tokens, targets = self._masking.apply(tokens, targets, segments)
-        lengths = None
-        if self._augmentation is not None:
-            tokens, targets, lengths = self._augmentation.apply(tokens, targets, segments)
-
-        batch = assemble_batch(tokens, targets, segments, rows, lane, lengths)
-        return replace(batch, row_sources=np.array(row_sources))
-
-    def _request_ahead(self, refs: Sequence[SequenceRef]) -> None:
+    def request_ahead(self, refs: Sequence[SequenceRef]) -> None:
         """Let the blocks that come next be tokenized, so that no step waits for one."""
         # The last sequence of each source and epoch: a lane that crosses into the next epoch reads
         # from two orders of blocks.
@@ -247,75 +218,3 @@ class Loader:
         for ref in last_by_epoch.values():
             for number in self.plan.blocks_after(ref, BLOCKS_AHEAD):
                 self.store.request(number)
-
-
-def assemble_batch(
-    tokens: np.ndarray,
-    targets: np.ndarray,
-    segments: np.ndarray,
-    rows: np.ndarray,
-    lane: int,
-    changed_lengths: np.ndarray | None = None,
-) -> Batch:
-    """Return the batch of consecutive segments, row by row.
-
-    Args:
-        tokens: (L,) token ids of all segments.
-        targets: (L,) uint8: 1 where a token is a next-token target; or int32: labels, which keep
-            their positions.
-        segments: (N, 4) [sample id, first token, number of tokens, epoch].
-        rows: (N,) the row of each segment, ascending from 0.
-        lane: stored in the batch.
-        changed_lengths: (N,) tokens of each segment, if they differ from `segments`.
-    """
-    lengths = changed_lengths
-    if lengths is None:
-        lengths = segments[:, 2]
-    ends = np.cumsum(lengths)  # (N,)
-
-    # labels belong to their own position; marks of next-token targets are shifted by one
-    flat_targets = targets  # (L,)
-    if targets.dtype != np.int32:
-        flat_targets = _next_token_targets(tokens, targets, ends)
-    flat_positions = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-
-    # a row ends with its last segment
-    last_segments = np.append(np.flatnonzero(np.diff(rows)), len(rows) - 1)  # (B,)
-    row_edges = [0, *ends[last_segments].tolist()]
-    num_rows = len(row_edges) - 1
-    num_tokens = max(stop - start for start, stop in pairwise(row_edges))
-
-    input_ids = np.zeros((num_rows, num_tokens), dtype=np.int64)
-    target_ids = np.full((num_rows, num_tokens), IGNORE_INDEX, dtype=np.int64)
-    position_ids = np.empty((num_rows, num_tokens), dtype=np.int64)
-    for row, (start, stop) in enumerate(pairwise(row_edges)):
-        length = stop - start
-        input_ids[row, :length] = tokens[start:stop]
-        target_ids[row, :length] = flat_targets[start:stop]
-        position_ids[row, :length] = flat_positions[start:stop]
-        # positions restart at 0 where a sample starts, so the padding is a sample of its own
-        position_ids[row, length:] = np.arange(num_tokens - length)
-
-    return Batch(
-        input_ids, target_ids, position_ids, segments, lane, changed_lengths=changed_lengths
-    )
-
-
-def _next_token_targets(tokens: np.ndarray, is_target: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Return the next token of the same segment where it is a target, else `IGNORE_INDEX`.
-
-    Args:
-        tokens: (L,) token ids.
-        is_target: (L,) 1 where a token is a target.
-        ends: (N,) the position after each segment.
-
-    Returns:
-        (L,), of the type of `tokens`.
-    """
-    next_is_target = np.zeros(len(tokens), dtype=bool)
-    next_is_target[:-1] = is_target[1:]
-    next_is_target[ends - 1] = False  # the next token belongs to another segment
-
-    targets = np.full(len(tokens), IGNORE_INDEX, dtype=tokens.dtype)
-    np.copyto(targets[:-1], tokens[1:], where=next_is_target[:-1])
-    return targets

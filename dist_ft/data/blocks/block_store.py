@@ -7,7 +7,6 @@ during a run cannot slip in. Knows nothing of packing.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,24 +16,20 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, NoReturn
 
-from dist_ft.core.errors import DataError, StorageError
+from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import END_OF_SHARD, Block
 from dist_ft.data.blocks import token_cache
+from dist_ft.data.blocks.block_writer import BlockWriter
 from dist_ft.data.blocks.token_cache import TokenizedBlock
-from dist_ft.data.blocks.tokenize_blocks import create_task, run_task
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import Shard, require_unchanged
-from dist_ft.storage import local_files
 
-LOCK_TIMEOUT_S = 1800.0
 SMALL_BYTES = 8 * 2**20
 """The worker itself tokenizes a data set up to this size: a process would take longer to start."""
 MAX_LOAD_TRIES = 3
-
-log = logging.getLogger(__name__)
 
 
 class ReadPass(NamedTuple):
@@ -56,7 +51,7 @@ class BlockStore:
     Attributes:
         checksums: checksums of all blocks, from the index; None: unknown.
         max_open_blocks: how many blocks are held open.
-        fingerprint: fingerprint of the encoder.
+        writer: tokenizes blocks into the cache.
     """
 
     def __init__(
@@ -78,15 +73,12 @@ class BlockStore:
             pool: processes that tokenize; None: this process does.
             limit_bytes: limit of the cache.
         """
-        self.folder = Path(folder)
-        self.encoder = encoder
         self.shards = tuple(shards)
         self.blocks = tuple(blocks)
         self.checksums: Sequence[str] | None = None
         self.max_open_blocks = 16
-        self.fingerprint = token_cache.compute_fingerprint(encoder)
 
-        self._limit_bytes = limit_bytes
+        self.writer = BlockWriter(folder, encoder, self.shards, limit_bytes)
         self._pool: TokenizerPool | None = None
         total_bytes = sum(block.num_bytes for block in blocks)
         if total_bytes > SMALL_BYTES:
@@ -105,10 +97,24 @@ class BlockStore:
             self._blocks_by_pass.setdefault(self._read_pass(number), []).append(number)
         self._lock = Lock()
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the local cache."""
+        return self.writer.folder
+
+    @property
+    def encoder(self) -> Encoder:
+        """What makes tokens of rows."""
+        return self.writer.encoder
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the encoder."""
+        return self.writer.fingerprint
+
     def path(self, number: int) -> Path:
         """Return the path of a block's cache file, which need not exist."""
-        key = token_cache.cache_key(self.fingerprint, self.blocks[number], self.shards)
-        return self.folder / f"{key}.safetensors"
+        return self.writer.path(self.blocks[number])
 
     def block(self, number: int) -> TokenizedBlock:
         """Return a block's tokens, tokenized now if they are not cached. Safe over threads.
@@ -134,15 +140,9 @@ class BlockStore:
                 # not wait for this one.
                 self.request(number).result()
             except OSError as error:
-                raise StorageError(
-                    f"data.cache_dir={self.folder}: cannot be used ({error}). It must be a local "
-                    "folder with room for 5 bytes per token. Set another folder."
-                ) from error
+                raise unusable_cache(self.folder, error) from error
 
-        raise StorageError(
-            f"data.cache_dir={self.folder}: blocks are evicted as soon as they are written. "
-            "data.cache_gib must be large enough for the blocks in use. Raise it."
-        )
+        raise evicted_at_once()
 
     def request(self, number: int, needed: Set[int] | None = None) -> Future[None]:
         """Start to tokenize a block unless it exists or is in progress; do not wait.
@@ -276,36 +276,7 @@ class BlockStore:
                 self._in_progress.pop(number, None)
 
     def _tokenize(self, numbers: Sequence[int]) -> None:
-        """Tokenize blocks; one process of this machine at a time."""
-        from filelock import Timeout
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = local_files.file_lock(str(self.path(numbers[0]).with_suffix(".lock")))
-        try:
-            lock.acquire(timeout=LOCK_TIMEOUT_S)
-        except (Timeout, NotImplementedError):
-            # A network disk without locks, or a holder that hangs. Two processes may then tokenize
-            # the same block: a waste, but each writes the same content in one step.
-            log.warning(
-                "%s: the lock cannot be acquired; the block is tokenized without it",
-                lock.lock_file,
-            )
-
-        try:
-            # another process may have written them while this one waited for the lock
-            missing = [number for number in numbers if not self.path(number).exists()]
-            if missing:
-                self._run(missing)
-        finally:
-            lock.release()
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
-
-    def _run(self, numbers: Sequence[int]) -> None:
+        """Tokenize blocks of one pass."""
+        # with checksums, a shard that was altered is noticed by its tokens
         blocks = [self.blocks[number] for number in numbers]
-        paths = [self.path(number) for number in numbers]
-        task = create_task(blocks, self.shards, paths, check=self.checksums is None)
-        if self._pool is not None:
-            self._pool.run(task)
-        else:
-            run_task(self.encoder, task, self._limit_bytes)
+        self.writer.write(blocks, check=self.checksums is None, pool=self._pool)

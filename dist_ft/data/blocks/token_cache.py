@@ -21,7 +21,6 @@ import mmap
 import os
 import resource
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from dist_ft.data.block import Block
 from dist_ft.data.encoding.chat import TEMPLATE_DATE, Encoder
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.fast_tokenizer import require_fast
-from dist_ft.data.sources.discovery import Shard
+from dist_ft.data.sources.discovery import Shards
 
 FORMAT = 2
 """Version of cached content. Raise it when the same inputs give other tokens, targets or layout."""
@@ -84,6 +83,18 @@ class TokenizedBlock:
         return self.targets.astype(bool)
 
 
+EMPTY_BLOCK = TokenizedBlock(
+    tokens=np.zeros(0, np.int32),
+    targets=np.zeros(0, np.uint8),
+    offsets=np.zeros(1, np.int64),
+    format="",
+    rows_per_range=(),
+    bad_rows=(),
+    checksum="0" * 32,
+)
+"""A block without rows."""
+
+
 def compute_fingerprint(encoder: Encoder) -> str:
     """Return a hash of everything that decides a row's tokens and targets: 32 hexadecimal digits.
 
@@ -121,7 +132,7 @@ def compute_fingerprint(encoder: Encoder) -> str:
     return xxhash.xxh3_128_hexdigest(encoded)
 
 
-def cache_key(encoder_fingerprint: str, block: Block, shards: Sequence[Shard]) -> str:
+def cache_key(encoder_fingerprint: str, block: Block, shards: Shards) -> str:
     """Return the name of a block's cache file, without its suffix."""
     import xxhash
 

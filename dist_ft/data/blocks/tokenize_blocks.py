@@ -34,7 +34,7 @@ from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.encoding.encoded import EncodedRows
 from dist_ft.data.encoding.make_encoder import make_encoder
 from dist_ft.data.sources import lines, readers
-from dist_ft.data.sources.discovery import Shard, require_unchanged
+from dist_ft.data.sources.discovery import Shard, Shards, require_unchanged
 
 
 class EncoderSetup(TypedDict):
@@ -158,9 +158,11 @@ def _join(encoded: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
     offsets = [np.zeros(1, dtype=np.int64)]
     rows_per_range: list[int] = []
     bad_rows: list[str] = []
+    num_tokens = 0
     for rows in encoded:
         # the offsets of each range start at 0: continue where those before it end
-        offsets.append(rows.offsets[1:] + offsets[-1][-1])
+        offsets.append(rows.offsets[1:] + num_tokens)
+        num_tokens += len(rows.tokens)
         rows_per_range += rows.rows_per_range
         bad_rows += rows.bad_rows
 
@@ -180,7 +182,7 @@ def _join(encoded: Sequence[EncodedRows], shard: Shard) -> EncodedRows:
 
 
 def create_task(
-    blocks: Sequence[Block], shards: Sequence[Shard], paths: Sequence[Path], check: bool
+    blocks: Sequence[Block], shards: Shards, paths: Sequence[Path], check: bool
 ) -> BlockTask:
     """Return the task to write `blocks` to the cache files `paths`."""
     # A data set may have many thousands of shards: send only those that the blocks need.

@@ -186,7 +186,7 @@ class BatchPlan:
         refs = []
         for number in range(first + lane, stop, self.num_lanes):
             source, turn = self.mixture.draw(epoch, number)
-            refs.append(self._sequence_ref(source, turn))
+            refs.append(self.sequence_ref(source, turn))
         return refs
 
     def epochs_done(self, step: int) -> list[float]:
@@ -217,7 +217,7 @@ class BatchPlan:
         last = int(np.searchsorted(order.ends, order.window_ends[window], side="left"))
         return [first_block + int(number) for number in order.blocks[place : last + 1 + count]]
 
-    def _sequence_ref(self, source: int, turn: int) -> SequenceRef:
+    def sequence_ref(self, source: int, turn: int) -> SequenceRef:
         """Return the sequence of a source's draw number `turn`, counted over all its epochs."""
         epoch, number = divmod(turn, self._sizes[source])
         position = number

@@ -12,7 +12,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
@@ -65,6 +65,13 @@ class Shard:
             if self.url.lower().endswith(suffix):
                 return codec
         return None
+
+
+class Shards(Protocol):
+    """The shards of a data set, by number."""
+
+    def __getitem__(self, number: int, /) -> Shard:
+        """Return a shard."""
 
 
 class RowLocation(NamedTuple):

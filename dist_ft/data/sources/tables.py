@@ -107,6 +107,23 @@ def split_parquet(shard: Shard, number: int, block_bytes: int) -> list[ShardRang
     return ranges
 
 
+class ParquetSize(NamedTuple):
+    """Rows of a Parquet shard, and their bytes before compression."""
+
+    num_rows: int
+    num_bytes: int
+
+
+def measure_parquet(shard: Shard) -> ParquetSize:
+    """Return the size of a Parquet shard, from its footer."""
+    with _decoding(shard):
+        metadata = _parquet_footer(shard)
+        row_groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in row_groups]
+        _require_plausible(shard, sizes)
+        return ParquetSize(sum(rows for rows, _ in sizes), sum(size for _, size in sizes))
+
+
 def _require_plausible(shard: Shard, sizes: Sequence[tuple[int, int]]) -> None:
     """Refuse a footer whose row groups cannot be: blocks of any size would follow from it."""
     for number, (num_rows, num_bytes) in enumerate(sizes):

@@ -181,7 +181,7 @@ def require_same_samples(
         return
 
     try:
-        rows = read_segment(store, manifest.ledger[-1])
+        rows = read_segment(store, manifest.ledger[-1]).samples
     except (StorageError, CheckpointError) as error:
         log.warning("the index was built again, and cannot be compared with the ledger: %s", error)
         return

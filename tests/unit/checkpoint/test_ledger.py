@@ -13,6 +13,7 @@ from unit.small import batch
 from dist_ft.checkpoint.ledger import (
     COLUMNS,
     LedgerBuffer,
+    LedgerRows,
     pack_rows,
     read_ledger,
     unpack_rows,
@@ -55,8 +56,8 @@ def test_the_buffer_records_segments_of_batches():
     buffer = LedgerBuffer()
     buffer.add(4, [batch((3, 4), seed=2, lane=1, epoch=1), empty_batch(lane=2)])
     assert len(COLUMNS) == 6
-    assert buffer.take().tolist() == [[4, 1, 1, 2000, 0, 3], [4, 1, 1, 2001, 0, 4]]
-    assert buffer.take().shape == (0, 6)
+    assert buffer.take().samples.tolist() == [[4, 1, 1, 2000, 0, 3], [4, 1, 1, 2001, 0, 4]]
+    assert buffer.take().samples.shape == (0, 6)
 
 
 def test_restored_rows_come_first():
@@ -65,12 +66,16 @@ def test_restored_rows_come_first():
     first = buffer.take()
     buffer.restore(first)
     buffer.add(1, [batch((4,), seed=2)])
-    assert buffer.take()[:, 0].tolist() == [0, 1]
+    assert buffer.take().samples[:, 0].tolist() == [0, 1]
 
 
 def test_segments_are_read_in_order_of_step_and_lane(store):
-    first = write_segment(store, 0, 2, 1, [rows(0)[:1], rows(1, 0)[[0, 1, 3]]])
-    second = write_segment(store, 2, 3, 2, [rows(2), np.zeros((0, 6), dtype=np.int64)])
+    first = write_segment(
+        store, 0, 2, 1, [LedgerRows(rows(0)[:1]), LedgerRows(rows(1, 0)[[0, 1, 3]])]
+    )
+    second = write_segment(
+        store, 2, 3, 2, [LedgerRows(rows(2)), LedgerRows(np.zeros((0, 6), dtype=np.int64))]
+    )
     assert first.file.path == "ledger/000000000-000000002-a0001.safetensors.zst"
     read = read_ledger(store, manifest_of(first, second))
     assert read[:, [0, 2]].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [2, 0], [2, 1]]
@@ -78,7 +83,7 @@ def test_segments_are_read_in_order_of_step_and_lane(store):
 
 
 def test_an_altered_segment_is_rejected(store):
-    segment = write_segment(store, 0, 1, 1, [rows(0)])
+    segment = write_segment(store, 0, 1, 1, [LedgerRows(rows(0))])
     content = bytearray(store.read(segment.file.path))
     content[-1] ^= 1
     store.write(segment.file.path, bytes(content))
@@ -91,7 +96,7 @@ def test_an_altered_segment_is_rejected(store):
 
 
 def test_a_gap_is_rejected(store):
-    first, third = (write_segment(store, s, s + 1, 1, [rows(s)]) for s in (0, 2))
+    first, third = (write_segment(store, s, s + 1, 1, [LedgerRows(rows(s))]) for s in (0, 2))
     with pytest.raises(
         CheckpointError, match=r"starts at step 2, expected 1\. The history has a gap"
     ):
@@ -141,14 +146,14 @@ def test_a_segment_is_compact():
         ]
     )
     many = many[np.lexsort((many[:, 3], many[:, 2], many[:, 0]))].astype(np.int64)
-    packed = pack_rows(many)
-    assert np.array_equal(unpack_rows(packed, "x"), many)
+    packed = pack_rows(LedgerRows(many))
+    assert np.array_equal(unpack_rows(packed, "x").samples, many)
     assert len(packed) / len(many) < 8
 
 
 def test_a_segment_that_states_gigabytes_takes_no_memory():
     """Memory of the stated size was allocated before a byte was decompressed."""
-    packed = pack_rows(rows(0))
+    packed = pack_rows(LedgerRows(rows(0)))
     hostile = (2**32).to_bytes(8, "little") + packed[8:]
     tracemalloc.start()
     try:

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.discovery import LOCAL_FOLDER
-from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.ledger import LedgerRows, read_ledger
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import NAME, Progress, TensorInfo, parse_folder
@@ -219,7 +219,7 @@ class Attempt:
                 "r",
                 "Sharded",
                 Progress(step=self.step, optimizer_step=self.step),
-                rows(steps, world.share(LANES)),
+                LedgerRows(rows(steps, world.share(LANES))),
                 TENSORS,
                 {},
                 {},

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dist_ft.config.schema import DataSection, ModelSection, TaskSection
 from dist_ft.data.batch import IGNORE_INDEX, Batch, empty_batch
-from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.batching.assemble import assemble_batch
 from dist_ft.data.encoding.answer_spans import last_tokens
 from dist_ft.data.encoding.make_encoder import (
     make_encoder,

@@ -10,7 +10,7 @@ from unit.data.data_helpers import batch_section, chat
 from dist_ft.core.errors import DataError
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.batching import loader as module
-from dist_ft.data.batching.loader import assemble_batch
+from dist_ft.data.batching.assemble import assemble_batch
 
 ROWS = [chat(f"q {i}", "the fox " * (1 + i % 5), "and", f"{i}") for i in range(30)]
 
