@@ -135,6 +135,8 @@ ATTACKS: dict[str, Callable[[Hostile], None]] = {
 }
 NEED_WEIGHTS = {"index", "link", "peft", *(name for name in ATTACKS if name.startswith("adapter"))}
 """Attacks that commands without weights do not meet: they read config and tokenizer."""
+NOT_MET = {("preview", "own-code")}
+"""preview reads the tokenizer only, which transformers loads with a class of its own."""
 
 
 def command_line(command: str, model: Path, base: Path, tmp_path: Path) -> list[str]:
@@ -187,7 +189,8 @@ def test_fault_28_hostile_models_are_refused_in_one_line(
     for command in COMMANDS:
         arguments = command_line(command, hostile.folder, base, tmp_path)
         code, text = run_command(arguments, monkeypatch, capsys)
-        if command not in ("plan", "preview") or attack not in NEED_WEIGHTS:
+        is_met = command not in ("plan", "preview") or attack not in NEED_WEIGHTS
+        if is_met and (command, attack) not in NOT_MET:
             assert code != 0, f"{command}: {text}"
             names = (f"{tmp_path}/hostile", f"{tmp_path}/second")
             assert any(name in text for name in names), f"{command}: {text}"

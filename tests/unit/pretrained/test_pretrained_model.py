@@ -193,7 +193,7 @@ def test_the_layout_of_the_hub_cache_is_read(folder, tmp_path):
 def test_pipes_do_not_hang(folder, name):
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    assert "is not a regular file" in refused(folder)
+    assert "is a named pipe, not a regular file" in refused(folder)
 
 
 @pytest.mark.parametrize("announced", [0, 2**62, 99_999_999, 10**6])
