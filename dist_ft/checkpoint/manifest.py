@@ -176,6 +176,11 @@ class Manifest(_FrozenModel):
         return folder_name(self.progress.step, self.attempt)
 
 
+def no_cursors() -> np.ndarray:
+    """Return the cursors of indexed data: none, int64 (0, 6)."""
+    return np.zeros((0, CURSOR_VALUES), dtype=np.int64)
+
+
 def pack_cursors(cursors: np.ndarray) -> str:
     """Return cursors, int64 (n, 6), as text; none of them as ""."""
     if not len(cursors):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_ft.checkpoint.ledger import LedgerRows
-from dist_ft.checkpoint.manifest import FileEntry, Progress, TensorInfo
+from dist_ft.checkpoint.manifest import FileEntry, Progress, TensorInfo, no_cursors
 from dist_ft.checkpoint.tier import Tier
 from dist_ft.core.errors import CheckpointError, DistFtError, StorageError
 from dist_ft.storage.filesystem import Store
@@ -55,7 +55,7 @@ class SaveRequest:
     evaluation: dict[str, float]
     tier: Tier = Tier.STORAGE
     commit_after: Future[None] | None = None
-    cursors: np.ndarray = field(default_factory=lambda: np.zeros((0, 6), dtype=np.int64))
+    cursors: np.ndarray = field(default_factory=no_cursors)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.checkpoint.manifest import TensorInfo
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.batching.loader import Loader
+from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.engine.base import Engine
 from dist_ft.planning.run_limits import RunLimits
 from dist_ft.storage.filesystem import Store
@@ -44,7 +45,7 @@ class Components:
     """
 
     engine: Engine
-    loader: Loader
+    loader: Loader | StreamLoader
     evaluation: Loader | None
     manager: CheckpointManager
     metrics: MetricsLog | None

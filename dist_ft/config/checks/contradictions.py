@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from dist_ft.config.checks import data, evaluation, prompting, task, tuning, workers
+from dist_ft.config.checks import data, evaluation, prompting, streaming, task, tuning, workers
 from dist_ft.config.checks.deepspeed_keys import deepspeed_problems
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections import batch as batch_section
@@ -85,6 +85,7 @@ CHECKS: tuple[Check, ...] = (
     *task.CHECKS,
     *prompting.CHECKS,
     *data.CHECKS,
+    *streaming.CHECKS,
     *evaluation.CHECKS,
     deepspeed_problems,
 )

@@ -164,6 +164,15 @@ class DataSection(Section):
     shuffle: bool = Identity(
         True, description="Shuffle samples in each epoch by run.seed; off: in their stored order."
     )
+    # Not part of the identity: a run keeps the order that it started with.
+    order: Literal["auto", "streamed", "indexed"] = Field(
+        "auto",
+        description=(
+            "Order of the samples. streamed: training starts after the listing, for large sources "
+            "in runs by schedule.steps. indexed: all data is tokenized before step 1. auto: "
+            "streamed where sources and settings allow it."
+        ),
+    )
     pack: bool = Identity(
         True,
         description=(

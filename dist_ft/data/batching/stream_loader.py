@@ -17,7 +17,7 @@ import numpy as np
 from dist_ft.data.batch import Batch
 from dist_ft.data.batching.assemble import BatchBuilder
 from dist_ft.data.batching.lane_stream import LaneStream
-from dist_ft.data.batching.loader import CURSOR_COLUMNS
+from dist_ft.data.batching.loader import CURSOR_COLUMNS, Loader
 from dist_ft.data.batching.prefetch import build_ahead
 from dist_ft.data.blocks.slice_store import SliceStore
 from dist_ft.data.sampling.stream_order import Cursor
@@ -45,6 +45,7 @@ class StreamLoader:
     Attributes:
         plan: which source each sequence comes from.
         store: the tokenized slices.
+        indexed: loader of the sources that do not stream; None without any.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class StreamLoader:
         make_stream: MakeStream,
         num_sources: int,
         builder: BatchBuilder | None = None,
+        indexed: Loader | None = None,
     ) -> None:
         """Store the settings; read nothing yet.
 
@@ -63,12 +65,14 @@ class StreamLoader:
             make_stream: creates the sequences of a lane in a source.
             num_sources: S.
             builder: builds batches; None: without masking and augmentation.
+            indexed: loader of the sources that do not stream, closed with this one; None without.
         """
         self.plan = plan
         self.store = store
         self._make_stream = make_stream
         self._num_sources = num_sources
         self._builder = builder or BatchBuilder()
+        self.indexed = indexed
 
         self._streams: dict[tuple[int, int], LaneStream] = {}  # by (lane, source)
         self._start = 0
@@ -136,6 +140,8 @@ class StreamLoader:
     def close(self) -> None:
         """Stop reading ahead."""
         self.store.close()
+        if self.indexed is not None:
+            self.indexed.close()
 
     def _open(self, lanes: Sequence[int]) -> None:
         """Create the streams of the lanes, and let what each needs first be tokenized."""

@@ -20,7 +20,7 @@ from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.data.block import END_OF_SHARD, Block
 from dist_ft.data.blocks import token_cache
-from dist_ft.data.blocks.block_writer import BlockWriter
+from dist_ft.data.blocks.block_writer import BlockWriter, evicted_at_once, unusable_cache
 from dist_ft.data.blocks.token_cache import TokenizedBlock
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder

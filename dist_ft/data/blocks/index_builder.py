@@ -37,7 +37,7 @@ def split_into_blocks(
     block_bytes = max(1, round(data.block_mib * 2**20))
 
     # Some shards have to be read to find where to split them, so ranks share the work.
-    ranges_by_shard = _distribute(
+    ranges_by_shard = distribute(
         range(len(all_shards)),
         lambda number: readers.split_into_ranges(
             all_shards[number], number, block_bytes, data.max_row_bytes
@@ -96,10 +96,10 @@ def build_index(
 
     def measure_next(number: int) -> BlockStats:
         next_number, block = next(own_blocks)
-        assert next_number == number  # `_distribute` goes through the numbers in this order
+        assert next_number == number  # `distribute` goes through the numbers in this order
         return segments.measure_block(block, data, sequence_length)
 
-    stats_by_block = _distribute(own_numbers, measure_next, url, world, collectives)
+    stats_by_block = distribute(own_numbers, measure_next, url, world, collectives)
 
     if max_samples:
         limited = _limit_samples(stats_by_block, max_samples)
@@ -110,7 +110,7 @@ def build_index(
 
         # Only the rank that has the cut block measures it, but all must take part in the exchange.
         own_cut = [number for number in own_numbers if number in limited.max_rows]
-        measured_again = _distribute(own_cut, measure_again, url, world, collectives)
+        measured_again = distribute(own_cut, measure_again, url, world, collectives)
         stats_by_block = {**limited.stats, **measured_again}
 
     shard_sources: list[int] = []
@@ -180,7 +180,7 @@ def _limit_samples(stats_by_block: dict[int, BlockStats], max_samples: int) -> _
     return _LimitedStats(limited, max_rows)
 
 
-def _distribute(
+def distribute(
     numbers: Sequence[int],
     action: Callable[[int], T],
     name: Callable[[int], str],

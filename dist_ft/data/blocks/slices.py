@@ -12,37 +12,19 @@ A slice is a `Block` to all that reads and tokenizes. Slices are numbered over a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from dist_ft.data.block import END_OF_SHARD, Block, ShardRange
 from dist_ft.data.sampling.stream_order import StreamLayout
 from dist_ft.data.sources import lines, readers, tables
-from dist_ft.data.sources.discovery import Shard, Shards
+from dist_ft.data.sources.discovery import Shard
+from dist_ft.data.sources.shard_table import ShardTable
 
 SAMPLE_BITS = 32
 """A sample id is its slice's number + 1, shifted by this, and its row within the slice."""
-
-
-class ShardStart(NamedTuple):
-    """A shard, and where in its source it starts.
-
-    Attributes:
-        shard: number of the shard over all sources.
-        start: bytes of the source before it.
-    """
-
-    shard: int
-    start: int
-
-
-class SourceShards(Shards, Protocol):
-    """The shards of all sources, source after source."""
-
-    def locate(self, source: int, first_byte: int, stop_byte: int) -> Sequence[ShardStart]:
-        """Return the shards of a source that hold any of the bytes [first_byte, stop_byte)."""
 
 
 class SliceNumber(NamedTuple):
@@ -55,7 +37,7 @@ class SliceNumber(NamedTuple):
 class Slices:
     """The slices of all sources that stream."""
 
-    def __init__(self, shards: SourceShards, layouts: Mapping[int, StreamLayout]) -> None:
+    def __init__(self, shards: ShardTable, layouts: Mapping[int, StreamLayout]) -> None:
         """Store the arguments.
 
         Args:

@@ -5,35 +5,45 @@ The index is built on the first start and stored with the run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from dist_ft.config.checks.streaming import index_reasons
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import DataSection, ModelSection, RunConfig, Source
+from dist_ft.core.errors import ConfigError
 from dist_ft.core.world import Collectives, World, on_rank0
-from dist_ft.data.batching.augmentation import Augmentation, read_synonym_file
 from dist_ft.data.batching.loader import Loader
-from dist_ft.data.batching.masking import Masking
-from dist_ft.data.block import Block
-from dist_ft.data.blocks import index_builder, index_file
+from dist_ft.data.batching.stream_loader import StreamLoader
+from dist_ft.data.blocks import index_builder, stream_file
 from dist_ft.data.blocks.block_store import BlockStore
-from dist_ft.data.blocks.index import Index, index_recipe
-from dist_ft.data.blocks.index_checks import check_index
-from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
 from dist_ft.data.encoding.chat import Encoder
-from dist_ft.data.encoding.make_encoder import make_encoder
-from dist_ft.data.sampling.batch_plan import BatchPlan
-from dist_ft.data.sources.discovery import Shard, discover_shards
-from dist_ft.model.loading.download import cache_folder
+from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.shard_table import ShardTable
 from dist_ft.model.loading.load import load_tokenizer
-from dist_ft.storage.documents import MAX_LARGE_BYTES
+from dist_ft.runtime.bootstrap.build_index import (
+    FOLDER,
+    TRAINING_FIELD,
+    DataInput,
+    Site,
+    encoder_of,
+    load_index,
+    make_block_store,
+)
+from dist_ft.runtime.bootstrap.build_stream import (
+    STREAM,
+    load_stream,
+    plan_layouts,
+)
 from dist_ft.storage.filesystem import Store
-from dist_ft.tasks.base import make_task
 
-FOLDER = "data"
-"""Folder of a run for its indexes, labels, few-shot templates and synonyms."""
-TRAINING_FIELD = "data.train"
+INDEX = f"{FOLDER}/{TRAINING_FIELD}"
+
+TrainingLoader = Loader | StreamLoader
+
+log = logging.getLogger("dist_ft.run")
 
 
 @dataclass(frozen=True)
@@ -41,33 +51,18 @@ class Loaders:
     """The loaders of a run over training data and held-out data (None without any).
 
     Attributes:
-        is_new: whether the run had no index of its training data yet, or had lost it.
+        is_new: whether the run had no index or stream of its training data yet, or had lost it.
     """
 
-    training: Loader
+    training: TrainingLoader
     evaluation: Loader | None
     is_new: bool
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self.training.store.close()
+        self.training.close()
         if self.evaluation is not None:
-            self.evaluation.store.close()
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What one loader reads.
-
-    Attributes:
-        field: config field that lists the sources; names the stored index.
-        section: the sources, and how they are read.
-        max_samples: read the first N samples; 0: all.
-    """
-
-    field: str
-    section: DataSection
-    max_samples: int = 0
+            self.evaluation.close()
 
 
 def build_loaders(
@@ -77,8 +72,9 @@ def build_loaders(
 
     Every rank gets the same index or the same error.
     """
-    index = f"{FOLDER}/{TRAINING_FIELD}.json"
-    is_new = on_rank0(world, collectives, lambda: not store.exists(index))
+    is_new = on_rank0(
+        world, collectives, lambda: not any(store.exists(f"{n}.json") for n in (INDEX, STREAM))
+    )
     training = build_training_loader(run, store, world, collectives)
 
     evaluation = None
@@ -91,10 +87,33 @@ def build_loaders(
 
 def build_training_loader(
     run: ResolvedRun, store: Store, world: World, collectives: Collectives
-) -> Loader:
-    """Return the loader over the training data; a collective call."""
-    data = _Input(TRAINING_FIELD, run.config.effective_data)
-    return _build_loader(run, data, store, world, collectives)
+) -> TrainingLoader:
+    """Return the loader over the training data; a collective call.
+
+    A run keeps the order that it started with, streamed or indexed.
+
+    Raises:
+        ConfigError: data.order is another one.
+    """
+    data = DataInput(TRAINING_FIELD, run.config.effective_data)
+    site = Site(store, world, collectives)
+    description = site.on_rank0(lambda: stream_file.load(store, STREAM))
+    if description is None and site.on_rank0(lambda: store.exists(f"{INDEX}.json")):
+        _require_order(run.config, "indexed")
+        return _build_loader(run, data, site)
+    if description is not None:
+        _require_order(run.config, "streamed")
+
+    encoder = encoder_of(run, data)
+    table = site.on_rank0(lambda: ShardTable(discover_shards(data.section.train, data.field)))
+    layouts = {}
+    if description is not None:
+        layouts = description.layouts
+    elif _may_stream(run.config, site):
+        layouts = plan_layouts(table, data.section, run.config.batch)
+    if not layouts:
+        return _build_loader(run, data, site)
+    return load_stream(run, data, encoder, table, layouts, site, description)
 
 
 def build_held_out_loader(
@@ -110,11 +129,11 @@ def build_held_out_loader(
     """
     # Names and weights belong to a mixture; held-out data is read once, from start to end.
     plain = tuple(Source(path=s.path, subset=s.subset, split=s.split) for s in sources)
-    data = _Input(
+    data = DataInput(
         "evaluation.data", _in_order(run.config, plain), run.config.evaluation.max_samples
     )
 
-    return _build_loader(run, data, store, world, collectives)
+    return _build_loader(run, data, Site(store, world, collectives))
 
 
 def build_anchor_loader(
@@ -122,9 +141,9 @@ def build_anchor_loader(
 ) -> Loader:
     """Return the loader over tuning.anchor.data; a collective call. The caller closes its store."""
     anchor = run.config.tuning.anchor
-    data = _Input("tuning.anchor.data", _in_order(run.config, anchor.data), anchor.max_samples)
+    data = DataInput("tuning.anchor.data", _in_order(run.config, anchor.data), anchor.max_samples)
 
-    return _build_loader(run, data, store, world, collectives)
+    return _build_loader(run, data, Site(store, world, collectives))
 
 
 def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) -> BlockStore:
@@ -140,7 +159,7 @@ def build_block_store(config: RunConfig, model: ModelSection, block_mib: float) 
     blocks = index_builder.split_into_blocks(shards_by_source, section, World(), Collectives())
     shards = list(chain.from_iterable(shards_by_source))
 
-    return _block_store(config, section, Encoder(tokenizer, section), shards, blocks)
+    return make_block_store(config, section, Encoder(tokenizer, section), shards, blocks)
 
 
 def _in_order(config: RunConfig, sources: tuple[Source, ...]) -> DataSection:
@@ -150,119 +169,26 @@ def _in_order(config: RunConfig, sources: tuple[Source, ...]) -> DataSection:
     )
 
 
-def _block_store(
-    config: RunConfig,
-    section: DataSection,
-    encoder: Encoder,
-    shards: Sequence[Shard],
-    blocks: Sequence[Block],
-) -> BlockStore:
-    limit_bytes = section.cache_gib * 2**30
-    pool = None
-    if section.tokenizer_processes:
-        # The pool's processes open storage themselves, so they need its options.
-        pool = TokenizerPool(
-            section.tokenizer_processes, encoder, limit_bytes, config.storage.options
+def _require_order(config: RunConfig, order: str) -> None:
+    """Raise ConfigError if the config names another order than the run has."""
+    if config.data.order not in ("auto", order):
+        raise ConfigError(
+            [
+                f"data.order={config.data.order}: the run started {order}, and its samples would "
+                f"change. Set data.order={order} or auto, or start a run with another run.name."
+            ]
         )
 
-    # All runs of a node share this cache: its file names are hashes of everything in them.
-    folder = cache_folder(config.data.cache_dir, "tokens")
-    return BlockStore(folder, encoder, shards, blocks, pool, limit_bytes)
+
+def _may_stream(config: RunConfig, site: Site) -> bool:
+    """Whether the settings allow the data to stream."""
+    reasons = index_reasons(config)
+    is_requested = config.data.order == "streamed"
+    return is_requested or (config.data.order == "auto" and not reasons)
 
 
-def _build_loader(
-    run: ResolvedRun, data: _Input, store: Store, world: World, collectives: Collectives
-) -> Loader:
-    """Return the loader of `data`, with the run's stored index if it has one."""
-    config, section = run.config, data.section
-    length = config.batch.sequence_length
-    encoder = make_encoder(run.tokenizer, section, run.task, length, run.prompting)
-
+def _build_loader(run: ResolvedRun, data: DataInput, site: Site) -> Loader:
+    """Return the loader of `data` by an index, the run's stored one if it has one."""
     # One rank lists and all use its listing, so that no two ranks see different shards.
-    shards_by_source = on_rank0(
-        world, collectives, lambda: discover_shards(section.train, data.field)
-    )
-    shards = tuple(chain.from_iterable(shards_by_source))
-
-    name = f"{FOLDER}/{data.field}"
-    index = on_rank0(world, collectives, lambda: index_file.load(store, name))
-
-    # Held-out data may change over a run: its index is built again. Training data may not, because
-    # the steps done so far would be those of other samples: it is refused below.
-    may_change = data.field != TRAINING_FIELD
-    if index is not None and may_change and not _is_current(index, shards, encoder, data, length):
-        index = None
-
-    if index is not None:
-        # Shards first: the blocks of the index are ranges of the shards it was built from.
-        index.verify_unchanged(shards, data.field)
-        blocks = _block_store(config, section, encoder, shards, index.blocks)
-        index.verify_recipe(index_recipe(blocks.fingerprint, section, length, data.max_samples))
-    else:
-        cuts = index_builder.split_into_blocks(shards_by_source, section, world, collectives)
-        blocks = _block_store(config, section, encoder, shards, cuts)
-        built = index_builder.build_index(
-            shards_by_source, blocks, section, length, world, collectives, data.max_samples
-        )
-
-        # Check, then store: a stored index is not checked again by later starts.
-        check_index(built, section, length)
-        on_rank0(world, collectives, lambda: index_file.save(built, store, name))
-        index = built
-
-    # From here on a block whose tokens differ from the indexed ones is refused.
-    blocks.checksums = [stats.checksum for stats in index.block_stats]
-
-    plan = BatchPlan(index.counts, index.sources, section, config.batch, config.run.seed)
-    masking = None
-    if make_task(run.task).masks_tokens:
-        masking = Masking.from_task(run.tokenizer, run.task, config.run.seed)
-    augmentation = _build_augmentation(run, data, store, world, collectives)
-
-    return Loader(plan, index, blocks, section.prefetch_steps, masking, augmentation)
-
-
-def _build_augmentation(
-    run: ResolvedRun, data: _Input, store: Store, world: World, collectives: Collectives
-) -> Augmentation | None:
-    """Return the augmentation of `data`, None without any; a collective call."""
-    # Held-out samples stay as they are: their losses must be comparable over a run.
-    section = data.section
-    is_default = section.augment == type(section.augment)()
-    if data.field != TRAINING_FIELD or is_default:
-        return None
-
-    synonyms = on_rank0(world, collectives, lambda: _synonyms(section, store))
-    return Augmentation.from_config(
-        run.tokenizer,
-        section.augment,
-        run.task,
-        run.config.batch.sequence_length,
-        run.config.run.seed,
-        synonyms,
-    )
-
-
-def _synonyms(section: DataSection, store: Store) -> str:
-    """Return the text of the synonym file as it was when the run started (rank 0 only)."""
-    path = section.augment.synonyms
-    if path is None:
-        return ""
-
-    # A copy: a file that is edited later must not change the samples of a resumed run.
-    stored = f"{FOLDER}/synonyms.tsv"
-    if not store.exists(stored):
-        store.write(stored, read_synonym_file(path).encode())
-    return store.read_at_most(stored, MAX_LARGE_BYTES).decode()
-
-
-def _is_current(
-    index: Index, shards: tuple[Shard, ...], encoder: Encoder, data: _Input, length: int
-) -> bool:
-    """Return whether a stored index is of these shards, read in this way."""
-    from dist_ft.data.blocks.token_cache import compute_fingerprint
-
-    # The block store has the same fingerprint, but none is built yet: it needs the blocks.
-    recipe = index_recipe(compute_fingerprint(encoder), data.section, length, data.max_samples)
-
-    return index.shards == shards and index.recipe == recipe
+    shards_by_source = site.on_rank0(lambda: discover_shards(data.section.train, data.field))
+    return load_index(run, data, shards_by_source, site, f"{FOLDER}/{data.field}")

@@ -26,6 +26,8 @@ from dist_ft.core.errors import (
 )
 from dist_ft.core.world import Collectives, World, on_rank0, raise_together
 from dist_ft.data.batching.loader import Loader
+from dist_ft.data.batching.stream_loader import StreamLoader
+from dist_ft.data.blocks.slice_store import short_checksum
 from dist_ft.metrics import best
 from dist_ft.storage import filesystem
 from dist_ft.storage.filesystem import Store
@@ -33,6 +35,8 @@ from dist_ft.training.metrics_log import FILE as METRICS_FILE
 from dist_ft.training.metrics_log import read_metrics
 
 log = logging.getLogger("dist_ft.run")
+NUM_COMPARED_SLICES = 4
+"""Slices in the ledger that are compared with a stream that was described again."""
 NUM_COMPARED_STEPS = 4
 """Steps before a checkpoint whose samples are compared with an index that was built again."""
 
@@ -170,22 +174,49 @@ def find_final_checkpoint(
     return manifest if is_sound else None
 
 
-def require_same_samples(
-    config: RunConfig, loader: Loader, store: Store, manifest: Manifest
+def require_same_data(
+    config: RunConfig, loader: Loader | StreamLoader, store: Store, manifest: Manifest
 ) -> None:
-    """Raise DataError if the plan differs from what was trained up to a checkpoint (rank 0 only).
+    """Raise DataError if the data differs from what was trained up to a checkpoint (rank 0 only).
 
-    For a run that lost its index: the one that was built again is the same only if the data is.
+    For a run that lost its index or the description of its stream: what was built again is the
+    same only if the data is.
     """
+    if bool(manifest.cursors) != isinstance(loader, StreamLoader):
+        raise DataError(
+            "data.train: the run lost how its data is ordered (files of data/), and what was built "
+            "again is another order, so that the run cannot continue. Restore data/ from a copy, "
+            "or use another run.name."
+        )
     if not manifest.ledger:
         return
 
     try:
-        rows = read_segment(store, manifest.ledger[-1]).samples
+        rows = read_segment(store, manifest.ledger[-1])
     except (StorageError, CheckpointError) as error:
         log.warning("the index was built again, and cannot be compared with the ledger: %s", error)
         return
 
+    if isinstance(loader, StreamLoader):
+        _require_same_slices(loader, rows.slices)
+    else:
+        _require_same_samples(config, loader, rows.samples)
+
+
+def _require_same_slices(loader: StreamLoader, facts: np.ndarray) -> None:
+    """Raise DataError if slices differ from their facts (M, 5) in the ledger."""
+    for number, *_, checksum in facts[-NUM_COMPARED_SLICES:].tolist():
+        is_known = number < loader.store.slices.count
+        if not is_known or short_checksum(loader.store.read(number)) != checksum:
+            raise DataError(
+                "data.train: the description of the run's stream was lost, and with the one that "
+                "was built again other rows come than the run was trained on: the data or its "
+                "settings changed. Restore data/ from a copy, or use another run.name."
+            )
+
+
+def _require_same_samples(config: RunConfig, loader: Loader, rows: np.ndarray) -> None:
+    """Raise DataError if the plan differs from the rows (N, 6) of the ledger."""
     for step in np.unique(rows[:, 0])[-NUM_COMPARED_STEPS:].tolist():
         trained = rows[rows[:, 0] == step][:, [2, 3, 4, 5, 1]]  # lane, sample, token, length, epoch
         planned = []

@@ -11,9 +11,10 @@ from dist_ft.config.sections.task import TaskSection
 from dist_ft.config.task_facts import task_class
 from dist_ft.core.logs import redact
 from dist_ft.core.world import World
+from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.planning import memory
 from dist_ft.planning.batch import batch_arithmetic
-from dist_ft.runtime.bootstrap.build_data import Loaders
+from dist_ft.runtime.bootstrap.build_data import Loaders, TrainingLoader
 from dist_ft.training.console import format_table
 from dist_ft.training.result import Result
 
@@ -38,7 +39,6 @@ def at_start(
     num_parameters = sum(counts)
     num_trainable = sum(n for n, p in zip(counts, parameters, strict=True) if p.requires_grad)
 
-    index, plan = loaders.training.index, loaders.training.plan
     engine = "plain PyTorch"
     if config.max_workers > 0:
         engine = f"DeepSpeed ZeRO-{config.zero.stage}"
@@ -59,16 +59,31 @@ def at_start(
             f"{world.largest_share(config.num_lanes)} lanes on the busiest",
         ),
         *batch_arithmetic(config),
-        (
-            "data",
-            f"{index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
-            f"{_count(plan.num_steps_in_epochs(1), 'step')} per epoch",
-        ),
+        ("data", _describe_data(loaders.training)),
         ("memory", memory_line(num_parameters, num_trainable, world.num_ranks, config)),
         ("start", start),
     ]
 
     return format_table(f"run {config.run.name}", rows)
+
+
+def _describe_data(loader: TrainingLoader) -> str:
+    """Return the order of the data, and what is known of its size."""
+    if isinstance(loader, StreamLoader):
+        layouts = loader.store.slices.layouts
+        num_bytes = sum(layout.num_bytes for layout in layouts.values())
+        num_blocks = sum(layout.num_blocks for layout in layouts.values())
+        text = f"streamed, {num_bytes / 1e9:.2f} GB in {num_blocks:,} blocks"
+        if loader.indexed is not None:
+            index = loader.indexed.index
+            text += f"; {len(index.shards):,} indexed shards of {index.num_samples:,} samples"
+        return text
+
+    index = loader.index
+    return (
+        f"indexed, {index.num_samples:,} samples, {index.total('num_tokens'):,} tokens, "
+        f"{_count(loader.plan.num_steps_in_epochs(1), 'step')} per epoch"
+    )
 
 
 def _task_row(task: TaskSection) -> list[tuple[str, str]]:

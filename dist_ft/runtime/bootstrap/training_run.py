@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Manifest, Progress
+from dist_ft.checkpoint.manifest import Manifest, Progress, no_cursors, unpack_cursors
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import untrainable_problems
@@ -42,8 +42,8 @@ from dist_ft.runtime.bootstrap.run_state import (
     evaluation_history,
     find_final_checkpoint,
     find_local_attempt,
+    require_same_data,
     require_same_run,
-    require_same_samples,
     start_attempt,
 )
 from dist_ft.runtime.bootstrap.run_usage import require_time_left
@@ -215,8 +215,8 @@ def _load_state(attempt: _Attempt, built: BuiltModel, manifest: Manifest | None)
     run, world, comms, store = attempt.run, attempt.world, attempt.collectives, attempt.store
     manifest = load_weights(run, built, attempt.manager, manifest)
     if manifest is not None and attempt.loaders.is_new:
-        loader, loaded = attempt.loaders.training, manifest
-        on_rank0(world, comms, lambda: require_same_samples(run.config, loader, store, loaded))
+        data, loaded = attempt.loaders.training, manifest
+        on_rank0(world, comms, lambda: require_same_data(run.config, data, store, loaded))
 
     # Measured at the initial weights. A checkpoint has it as part of the optimizer state.
     if manifest is None and run.config.tuning.anchor.method == "ewc":
@@ -331,6 +331,12 @@ def train_with_rollback(
 
     while True:
         evaluation = manifest.evaluation if manifest else {}
+
+        # Streamed data continues where the lanes were at the checkpoint.
+        cursors = no_cursors()
+        if manifest is not None and manifest.cursors:
+            cursors = unpack_cursors(manifest.cursors, manifest.folder_name)
+        components.loader.restore(progress.step, cursors)
 
         # A new trainer, because all it counts starts again from the checkpoint.
         trainer = Trainer(run, components, context, progress, total_steps, evaluation)

@@ -18,16 +18,17 @@ from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.index_builder import build_index, split_into_blocks
 from dist_ft.data.blocks.slice_store import SliceStore
-from dist_ft.data.blocks.slices import SAMPLE_BITS, ShardStart, Slices
+from dist_ft.data.blocks.slices import SAMPLE_BITS, Slices
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sampling.stream_order import StreamLayout, StreamOrder
 from dist_ft.data.sampling.stream_plan import StreamPlan
 from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.shard_table import ShardTable
 from dist_ft.data.tools.write import write_jsonl
 from dist_ft.storage.filesystem import Store
 
-WORDS = "the quick brown fox jumps over the lazy dog hello there how are you today".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "hello", "there", "how"]
 LENGTH = 32
 
 
@@ -38,26 +39,6 @@ def text_rows(count: int, seed: int) -> list[dict[str, str]]:
         words = drawn.choice(WORDS, drawn.integers(1, 12)).tolist()
         rows.append({"text": f"{number} {' '.join(words)}"})
     return rows
-
-
-class ListedShards(list):
-    """Shards in memory, with where they start in their source."""
-
-    def __init__(self, by_source: Any) -> None:
-        super().__init__(shard for shards in by_source for shard in shards)
-        self.starts = []
-        for shards in by_source:
-            ends = np.cumsum([0, *(shard.size for shard in shards)]).tolist()
-            self.starts.append(ends)
-
-    def locate(self, source: int, first_byte: int, stop_byte: int) -> list[ShardStart]:
-        edges = self.starts[source]
-        offset = sum(len(edges) - 1 for edges in self.starts[:source])
-        found = []
-        for number in range(len(edges) - 1):
-            if edges[number] < stop_byte and edges[number + 1] > first_byte:
-                found.append(ShardStart(offset + number, edges[number]))
-        return found
 
 
 class Streamed:
@@ -88,7 +69,7 @@ class Streamed:
         return len(self.paths) - self.num_indexed
 
     def loader(self) -> StreamLoader:
-        listed = ListedShards(self.shards)
+        listed = ShardTable(self.shards)
         layouts = {
             source: StreamLayout(sum(shard.size for shard in self.shards[source]), *self.layout)
             for source in range(self.num_streamed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_slices_cover_every_byte_once(num_bytes, num_blocks, slices_per_block):
     layout = StreamLayout(num_bytes, num_blocks, slices_per_block)
     edges = [layout.slice_bounds(number) for number in range(layout.num_slices)]
     assert edges[0][0] == 0 and edges[-1][1] == num_bytes
-    assert all(one[1] == two[0] for one, two in zip(edges, edges[1:], strict=False))
+    assert all(one[1] == two[0] for one, two in pairwise(edges))
 
 
 @settings(max_examples=60, deadline=None)
