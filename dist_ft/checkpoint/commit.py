@@ -15,6 +15,7 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,20 @@ log = logging.getLogger("dist_ft.checkpoint")
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "deepspeed", "ray", "peft")
 
 
+class WorkerPart(NamedTuple):
+    """What one worker has written for a save.
+
+    Attributes:
+        files: entries of its files.
+        ledger_rows: its ledger rows.
+        cursors: int64 (n, 6) where its lanes are in streamed data; none if it is indexed.
+    """
+
+    files: Sequence[FileEntry]
+    ledger_rows: LedgerRows
+    cursors: np.ndarray
+
+
 @dataclass(frozen=True)
 class WrittenFiles:
     """What all workers have written for one save.
@@ -52,6 +67,16 @@ class WrittenFiles:
     frozen: frozenset[str]
     ledger_rows: Sequence[LedgerRows]
     cursors: np.ndarray
+
+    @classmethod
+    def combine(cls, parts: Sequence[WorkerPart], frozen: frozenset[str]) -> WrittenFiles:
+        """Return the parts of all workers as one; `frozen`: names of shared weights."""
+        return cls(
+            files=tuple(entry for part in parts for entry in part.files),
+            frozen=frozen,
+            ledger_rows=[part.ledger_rows for part in parts],
+            cursors=np.concatenate([part.cursors for part in parts]),
+        )
 
 
 def _format_version(written: WrittenFiles) -> int:

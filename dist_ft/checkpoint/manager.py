@@ -15,12 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 
-import numpy as np
 import torch
 
 from dist_ft.checkpoint import discovery, retention
 from dist_ft.checkpoint import manifest as manifests
-from dist_ft.checkpoint.commit import Committer, WrittenFiles
+from dist_ft.checkpoint.commit import Committer, WorkerPart, WrittenFiles
 from dist_ft.checkpoint.fragments import FragmentReader, FragmentRequest
 from dist_ft.checkpoint.local_tier import LocalTier
 from dist_ft.checkpoint.manifest import FileEntry, Manifest, TensorInfo
@@ -319,21 +318,15 @@ class CheckpointManager:
 
         # All ranks take part in this call, also if the save has failed on some of them.
         entries = self._list_entries(save) if own_problem is None else []
-        gathered = (
-            self._collectives.gather((entries, save.request.rows, save.request.cursors)) or []
-        )
+        part = WorkerPart(entries, save.request.rows, save.request.cursors)
+        parts = self._collectives.gather(part) or []
         if problem is not None:
             # If the disk is full, the next save needs the space.
             self._remove_files(save)
             return self._end(save, problem)
 
         if self._world.rank == 0:
-            written = WrittenFiles(
-                files=tuple(item for of_rank, _, _ in gathered for item in of_rank),
-                frozen=self._frozen_after(save),
-                ledger_rows=[rows for _, rows, _ in gathered],
-                cursors=np.concatenate([cursors for _, _, cursors in gathered]),
-            )
+            written = WrittenFiles.combine(parts, self._frozen_after(save))
             save.commit = self._writer.submit(lambda: self._commit(save, written))
         return None
 

@@ -190,10 +190,17 @@ def pack_cursors(cursors: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(content)).decode()
 
 
+def cursors_of(manifest: Manifest | None) -> np.ndarray:
+    """Return the cursors of a checkpoint, int64 (n, 6); without a checkpoint none."""
+    if manifest is None or not manifest.cursors:
+        return no_cursors()
+    return unpack_cursors(manifest.cursors, manifest.folder_name)
+
+
 def unpack_cursors(text: str, where: str) -> np.ndarray:
     """Return the cursors that `pack_cursors` packed, int64 (n, 6).
 
-    `where`: URL of the manifest, for errors.
+    `where`: name of the checkpoint, for errors.
 
     Raises:
         DamagedError: `text` holds no cursors.

@@ -16,7 +16,7 @@ from typing import Any
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.manager import CheckpointManager
-from dist_ft.checkpoint.manifest import Manifest, Progress, no_cursors, unpack_cursors
+from dist_ft.checkpoint.manifest import Manifest, Progress, cursors_of
 from dist_ft.config.resolved_run import ResolvedRun
 from dist_ft.config.schema import RunConfig
 from dist_ft.config.sections.prompting import untrainable_problems
@@ -333,10 +333,7 @@ def train_with_rollback(
         evaluation = manifest.evaluation if manifest else {}
 
         # Streamed data continues where the lanes were at the checkpoint.
-        cursors = no_cursors()
-        if manifest is not None and manifest.cursors:
-            cursors = unpack_cursors(manifest.cursors, manifest.folder_name)
-        components.loader.restore(progress.step, cursors)
+        components.loader.restore(progress.step, cursors_of(manifest))
 
         # A new trainer, because all it counts starts again from the checkpoint.
         trainer = Trainer(run, components, context, progress, total_steps, evaluation)

@@ -108,7 +108,7 @@ def test_a_storage_failure_gives_one_outcome_and_leaves_no_files(
         one = attempt()
         one.start_save(engine, draft(engine, 1, ROWS))
         outcome = advance_until_done(one)
-        assert str(outcome.problem) == "no room" and outcome.request.rows is ROWS
+        assert str(outcome.problem) == "no room" and outcome.request.rows.samples is ROWS
     assert list_committed(store) == [] and store.list("checkpoints") == []
     one.start_save(engine, draft(engine, 2, ROWS))
     assert advance_until_done(one).problem is None

@@ -196,7 +196,7 @@ def test_a_manifest_of_a_newer_format_is_never_damaged(store, attempt, engine, v
         lambda: find_best(store),
     ):
         with pytest.raises(
-            NewerFormatError, match=r"format_version=7 is newer than this dist_ft supports \(2\)"
+            NewerFormatError, match=r"format_version=7 is newer than this dist_ft supports \(3\)"
         ):
             use()
 

@@ -286,11 +286,11 @@ def test_a_checkpoint_of_a_newer_version_stops_the_run(store, attempt, engine):
     latest = load_manifest(store, list_committed(store)[0])
     store.write(
         f"checkpoints/{list_committed(store)[0]}/{manifests.NAME}",
-        manifests.serialize_manifest(latest.model_copy(update={"format_version": 3})),
+        manifests.serialize_manifest(latest.model_copy(update={"format_version": 4})),
     )
     with pytest.raises(
         NewerFormatError,
-        match=r"format_version=3 is newer than this dist_ft supports \(2\)\. Update dist_ft\.",
+        match=r"format_version=4 is newer than this dist_ft supports \(3\)\. Update dist_ft\.",
     ):
         found(store)
 

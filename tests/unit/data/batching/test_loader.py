@@ -10,6 +10,7 @@ from unit.data.data_helpers import batch_section, chat
 from dist_ft.core.errors import DataError
 from dist_ft.data.batch import IGNORE_INDEX
 from dist_ft.data.batching import loader as module
+from dist_ft.data.batching import prefetch
 from dist_ft.data.batching.assemble import assemble_batch
 
 ROWS = [chat(f"q {i}", "the fox " * (1 + i % 5), "and", f"{i}") for i in range(30)]
@@ -184,7 +185,7 @@ def test_errors_of_the_thread_reach_the_consumer(loader, monkeypatch):
 
 def test_closing_does_not_wait_for_a_block_in_progress(loader, monkeypatch):
     is_waiting, is_done, direct = threading.Event(), threading.Event(), loader.batches
-    monkeypatch.setattr(module, "CLOSE_S", 0.2)
+    monkeypatch.setattr(prefetch, "CLOSE_S", 0.2)
     monkeypatch.setattr(
         loader,
         "batches",

@@ -14,6 +14,7 @@ from dist_ft.config.schema import Source
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.core.world import Collectives, World
 from dist_ft.data.blocks import block_store as module
+from dist_ft.data.blocks import block_writer
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.index_builder import split_into_blocks
 from dist_ft.data.blocks.tokenizer_pool import TokenizerPool
@@ -46,7 +47,7 @@ def test_block_is_tokenized_once_then_read(make, monkeypatch):
     assert len(store.blocks) > 3
     first = store.block(0)
     assert first is store.block(0) and first.tokens.dtype == np.int32
-    monkeypatch.setattr(module, "run_task", lambda *values: pytest.fail("tokenized again"))
+    monkeypatch.setattr(block_writer, "run_task", lambda *values: pytest.fail("tokenized again"))
     assert same_block(first, store_like(store).block(0))
 
 
@@ -64,8 +65,10 @@ def test_blocks_hold_all_rows_in_order(make):
 
 def test_concurrent_threads_get_one_block(make, monkeypatch):
     _, store = make(ROWS)
-    tasks, run_task = [], module.run_task
-    monkeypatch.setattr(module, "run_task", lambda *values: (tasks.append(1), run_task(*values)))
+    tasks, run_task = [], block_writer.run_task
+    monkeypatch.setattr(
+        block_writer, "run_task", lambda *values: (tasks.append(1), run_task(*values))
+    )
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(lambda _: store.block(2), range(16)))
     assert len(tasks) == 1 and all(one is found[0] for one in found)
@@ -234,9 +237,9 @@ def grouped(make, tmp_path):
 
 
 def test_blocks_of_one_row_group_are_tokenized_in_one_pass(grouped, monkeypatch):
-    tasks, run_task = [], module.run_task
+    tasks, run_task = [], block_writer.run_task
     monkeypatch.setattr(
-        module,
+        block_writer,
         "run_task",
         lambda encoder, task, limit: (
             tasks.append(len(task["blocks"])),
