@@ -35,6 +35,7 @@ from dist_ft.engine.torch_engine import buffer_slices, tensor_slice
 from dist_ft.engine.zero_state import stage3_slices, stage12_slices
 from dist_ft.model.adapters.added_layers import is_added
 from dist_ft.model.adversarial import Adversary, train_lane
+from dist_ft.model.experts import give_all_experts_gradients
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
@@ -111,6 +112,7 @@ class DeepSpeedEngine(Engine):
         self._parameters = parameters_by_name(module)
         if self._stage == 3:
             self._require_sharded()
+        give_all_experts_gradients(module, self._stage == 3)
 
         groups = optimizers.param_groups(
             self._parameters, section.weight_decay, group_by_depth, section.decay_exempt

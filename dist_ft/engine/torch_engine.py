@@ -21,6 +21,7 @@ from dist_ft.engine.base import (
 )
 from dist_ft.engine.regularizers import Regularizers, accumulate_fisher, scale_fisher, swap_average
 from dist_ft.model.adversarial import Adversary, train_lane
+from dist_ft.model.experts import give_all_experts_gradients
 from dist_ft.model.trainable_model import Inputs, TrainableModel, parameters_by_name
 
 
@@ -65,6 +66,7 @@ class TorchEngine(Engine):
         self.module = module.to(device).train()
         self._section = section
         self._parameters = parameters_by_name(module)
+        give_all_experts_gradients(module)
         self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
 
         # An update is often smaller than half the distance between two 16-bit numbers and would be

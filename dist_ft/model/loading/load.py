@@ -17,6 +17,7 @@ from dist_ft.core.errors import ModelError
 from dist_ft.core.logs import redact
 from dist_ft.model import heads
 from dist_ft.model.adapters import adapter_files
+from dist_ft.model.experts import disable_layer_drop
 from dist_ft.model.loading import replace_head
 from dist_ft.model.loading.download import fetch_model, require_base_near
 from dist_ft.model.model_task import model_task
@@ -349,7 +350,8 @@ def probe_outputs(model: Any) -> Any:
 
 
 def _finish(model: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
-    """Freeze quantized weights, and enable activation checkpointing if configured."""
+    """Freeze quantized weights, disable layer drop, and configure activation checkpointing."""
+    disable_layer_drop(model)
     if getattr(model, "hf_quantizer", None) is not None:
         for parameter in model.parameters():
             is_integer = hasattr(parameter, "qdata")  # integers have no gradient
