@@ -21,10 +21,10 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_ft.data.batching.loader import Loader
     from dist_ft.inference.predict_folder import WrittenPredictions
     from dist_ft.runs.model_card import BeforeAfter
     from dist_ft.runs.report import Report
+    from dist_ft.runtime.bootstrap.build_data import TrainingLoader
     from dist_ft.training.callbacks import Callback
     from dist_ft.training.result import Result
     from dist_ft.workflows.search_report import SearchReport
@@ -55,17 +55,27 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
         num_samples: number of samples to show.
         markup: mark target tokens with markup of the `rich` library instead of [[ ]].
     """
+    from dist_ft.data.batching.loader import Loader
     from dist_ft.data.tools import preview as preview_tools
+    from dist_ft.data.tools import stream_preview
 
     with _open_training_loader(config) as loader:
-        return preview_tools.preview(loader, num_samples, markup)
+        if isinstance(loader, Loader):
+            return preview_tools.preview(loader, num_samples, markup)
+        return stream_preview.preview_stream(loader, num_samples, markup)
 
 
 def pack_stats(config: RunConfig) -> str:
     """Return a table of packing efficiency at half, once and twice batch.sequence_length."""
+    from dist_ft.data.batching.loader import Loader
     from dist_ft.data.tools import preview as preview_tools
 
-    with _open_training_loader(config) as loader:
+    # Other lengths cut other slices, so the table is of the indexed order.
+    indexed = config.model_copy(
+        update={"data": config.data.model_copy(update={"order": "indexed"})}
+    )
+    with _open_training_loader(indexed) as loader:
+        assert isinstance(loader, Loader)
         return preview_tools.pack_stats(loader)
 
 
@@ -115,7 +125,7 @@ def write_data(
 
 
 @contextmanager
-def _open_training_loader(config: RunConfig) -> Iterator[Loader]:
+def _open_training_loader(config: RunConfig) -> Iterator[TrainingLoader]:
     """Yield a loader over the training data that writes nothing to the run's storage."""
     from uuid import uuid4
 
@@ -136,7 +146,7 @@ def _open_training_loader(config: RunConfig) -> Iterator[Loader]:
     try:
         yield loader
     finally:
-        loader.store.close()
+        loader.close()
 
 
 def train(

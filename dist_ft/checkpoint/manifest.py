@@ -130,6 +130,7 @@ class Progress(_FrozenModel):
         history: (loss, gradient norm) of the last normal steps, which anomaly detection compares
             with.
         trained_s: seconds spent in training steps.
+        num_bad_rows: rows of a stream that could not be used.
     """
 
     step: int = Field(ge=0)
@@ -138,6 +139,7 @@ class Progress(_FrozenModel):
     num_target_tokens: int = 0
     history: tuple[tuple[float, float], ...] = ()
     trained_s: float = 0.0
+    num_bad_rows: int = 0
 
 
 class Manifest(_FrozenModel):

@@ -6,6 +6,7 @@ Dimensions: B sequences (rows) of T tokens; N segments; R rows that hold a seque
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,22 @@ class Batch:
         if self.changed_lengths is not None:
             return self.changed_lengths
         return self.segments[:, 2]
+
+
+class BadRows(NamedTuple):
+    """Rows that could not be used.
+
+    Attributes:
+        count: their number.
+        first: what was wrong with the first of them; "" without any.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def plus(self, other: BadRows) -> BadRows:
+        """Return these rows and later ones."""
+        return BadRows(self.count + other.count, self.first or other.first)
 
 
 def empty_batch(lane: int = -1, length: int = 8) -> Batch:

@@ -15,44 +15,26 @@ import numpy as np
 
 from dist_ft.checkpoint import discovery
 from dist_ft.checkpoint.attempts import ATTEMPTS, number_in_name
-from dist_ft.checkpoint.ledger import read_ledger
+from dist_ft.checkpoint.ledger import read_history
+from dist_ft.checkpoint.manifest import cursors_of
 from dist_ft.config.load import STORED, load_stored_config
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import DataError
 from dist_ft.core.world import Collectives, World
-from dist_ft.data.blocks import index_file
+from dist_ft.data.blocks import index_file, stream_file
 from dist_ft.data.blocks.index import Index
 from dist_ft.data.sampling.batch_plan import BatchPlan
-from dist_ft.data.sources.discovery import Shard, discover_shards
+from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.runs.epoch_counts import (
+    EpochCount,
+    count_indexed_source,
+    count_stream_epochs,
+    verify_streamed_shards,
+)
 from dist_ft.runs.stored_run import require_readable
-from dist_ft.runtime.bootstrap.build_data import FOLDER
+from dist_ft.runtime.bootstrap.build_data import INDEX
+from dist_ft.runtime.bootstrap.build_stream import REST, STREAM
 from dist_ft.storage.filesystem import Store
-
-
-@dataclass(frozen=True)
-class EpochCount:
-    """Counts of one epoch of one source.
-
-    Attributes:
-        source: name of the source.
-        epoch: number of the epoch, from 0.
-        num_segments: segments the source holds.
-        num_seen: segments in the ledger.
-        num_repeated: segments in the ledger more than once.
-        num_lost: segments missing from an epoch that all lanes have passed.
-    """
-
-    source: str
-    epoch: int
-    num_segments: int
-    num_seen: int
-    num_repeated: int
-    num_lost: int
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether no segment is repeated or lost."""
-        return not self.num_repeated and not self.num_lost
 
 
 @dataclass(frozen=True)
@@ -86,30 +68,24 @@ def audit(url: str) -> Audit:
     """
     store = Store(url)
     config = _stored_config(store)
-    index = index_file.load(store, f"{FOLDER}/data.train")
 
     # Which rows the ledger has depends on the checkpoint: steps after it will be repeated.
     latest = discovery.find_latest(store, World(), Collectives())
-    if index is None or latest is None:
+    description = stream_file.load(store, STREAM)
+    index = index_file.load(store, INDEX if description is None else REST)
+    if latest is None or (index is None and description is None):
         raise DataError(
             f"{store.redacted_url()}: no checkpoint yet, so there is nothing to verify. "
             "Let the run reach its first checkpoint."
         )
 
-    rows = read_ledger(store, latest)
-
-    # The plan only says how many epochs are complete. What was seen comes from the ledger, which
-    # records the batches themselves: comparing the plan with itself would prove nothing.
-    plan = BatchPlan(
-        index.counts, index.sources, config.effective_data, config.batch, config.run.seed
-    )
-
-    return Audit(
-        latest.progress.step,
-        _count_attempts(store),
-        len(rows),
-        tuple(_count_epochs(rows, index, plan, config, latest.progress.step)),
-    )
+    history = read_history(store, latest)
+    if description is None:
+        assert index is not None
+        epochs = _count_index_epochs(history.samples, index, config, latest.progress.step)
+    else:
+        epochs = count_stream_epochs(history, description, index, config, cursors_of(latest))
+    return Audit(latest.progress.step, _count_attempts(store), len(history.samples), tuple(epochs))
 
 
 def verify_shards(url: str, named: Sequence[str] = ()) -> int:
@@ -132,16 +108,17 @@ def verify_shards(url: str, named: Sequence[str] = ()) -> int:
         "Give the run's config (dist-ft data verify CONFIG), or name the place (--data).",
     )
 
-    index = index_file.load(store, f"{FOLDER}/data.train")
+    shards_by_source = discover_shards(config.data.train)
+    description = stream_file.load(store, STREAM)
+    if description is not None:
+        return verify_streamed_shards(description, shards_by_source)
+
+    index = index_file.load(store, INDEX)
     if index is None:
         raise DataError(
             f"{store.redacted_url()}: no index yet, so no data was read. Start the run first."
         )
-
-    shards: list[Shard] = []
-    for shards_of_source in discover_shards(config.data.train):
-        shards.extend(shards_of_source)
-    index.verify_unchanged(shards)
+    index.verify_unchanged([shard for shards in shards_by_source for shard in shards])
     return len(index.shards)
 
 
@@ -165,64 +142,31 @@ def _count_attempts(store: Store) -> int:
     return num_attempts
 
 
-def _count_epochs(
-    rows: np.ndarray, index: Index, plan: BatchPlan, config: RunConfig, num_steps: int
+def _count_index_epochs(
+    rows: np.ndarray, index: Index, config: RunConfig, num_steps: int
 ) -> list[EpochCount]:
-    """Return the counts of every epoch of every source in a ledger.
+    """Return the counts of every epoch of every source of an indexed run.
 
     Args:
         rows: (N, 6) int64, see `checkpoint.ledger.COLUMNS`.
         index: the run's index.
-        plan: the order of the run's samples.
         config: the run's config.
         num_steps: steps the ledger covers.
     """
-    epoch_column = rows[:, 1]  # (N,)
-    sample_column = rows[:, 3]  # (N,)
-
-    # A ledger row does not name its source. Sample numbers are consecutive over all blocks, so the
-    # last block that starts at or before a sample holds it.
-    blocks = np.searchsorted(index.first_samples, sample_column, side="right") - 1  # (N,)
-    source_of_row = index.sources[blocks]  # (N,)
+    # The plan only says how many epochs are complete. What was seen comes from the ledger, which
+    # records the batches themselves: comparing the plan with itself would prove nothing.
+    plan = BatchPlan(
+        index.counts, index.sources, config.effective_data, config.batch, config.run.seed
+    )
 
     # A lower bound: lanes draw from weighted sources at different rates, and only draws that all of
     # them have passed must be in the ledger.
     num_drawn = plan.min_draws_by_source(num_steps)
 
     counts = []
-    for number, source in enumerate(config.data.train):
-        num_segments = 0
-        for block, stats in zip(index.blocks, index.block_stats, strict=True):
-            if block.source == number:
-                num_segments += stats.num_segments
-
-        is_of_source = source_of_row == number  # (N,)
-        rows_of_source = rows[is_of_source]
-        epochs_of_source = epoch_column[is_of_source]
-
-        # An epoch without any row is counted too if it must be complete: all of it was lost.
+    for number in range(len(config.data.train)):
         num_whole_epochs = num_drawn[number] // plan.num_sequences(number)
-        num_started_epochs = int(epochs_of_source.max(initial=-1)) + 1
-        for epoch in range(max(num_whole_epochs, num_started_epochs)):
-            # A long sample is split into several segments, so its number alone is not unique.
-            segments = rows_of_source[epochs_of_source == epoch][:, 3:5]  # sample, first token
-            num_distinct = len(np.unique(segments, axis=0))
-
-            # The rest of the epoch that is in progress is not lost, only not read yet.
-            num_lost = 0
-            if epoch < num_whole_epochs:
-                num_lost = num_segments - num_distinct
-
-            counts.append(
-                EpochCount(
-                    source.name or f"source-{number}",
-                    epoch,
-                    num_segments,
-                    len(segments),
-                    len(segments) - num_distinct,
-                    num_lost,
-                )
-            )
+        counts += count_indexed_source(rows, index, config, number, num_whole_epochs)
     return counts
 
 

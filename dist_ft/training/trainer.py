@@ -24,6 +24,7 @@ from dist_ft.core import fault_injection
 from dist_ft.core.seeds import derive_seed
 from dist_ft.core.world import on_rank0
 from dist_ft.data.batch import Batch
+from dist_ft.data.batching.bad_rows import BadRowCounter
 from dist_ft.engine import schedule
 from dist_ft.engine.base import StepOutcome, pad_to_equal_lanes
 from dist_ft.storage.retry import CRITICAL_ATTEMPTS, retry_limit
@@ -73,6 +74,9 @@ class Trainer:
         self._step = progress.step
         self._num_tokens = progress.num_tokens
         self._num_target_tokens = progress.num_target_tokens
+        self._bad_rows = BadRowCounter(
+            components.collectives, run.config.data.max_bad_rows, progress.num_bad_rows
+        )
         self._loss: float | None = None
         self._waited_s = self._steps_s = 0.0
         self._sources = SourceCounts(run.config)
@@ -152,16 +156,20 @@ class Trainer:
         # One sum over all ranks: tokens, requests, the state of saves, tokens of each source. A
         # request that any rank got is above 0 on all.
         save_flags = self._saver.flags()
+        bad_rows = components.loader.take_bad_rows()
         own_counts = [
             sum(batch.num_target_tokens for batch in batches),
             sum(batch.num_tokens for batch in batches),
             self._context.should_stop(),
             self._context.should_save(),
             stopping.is_limit_reached(components),
+            bad_rows.count,
             *save_flags,
             *self._sources.count(batches),
         ]
-        num_targets, num_tokens, stop, save, limit, *rest = components.collectives.sum(own_counts)
+        totals = components.collectives.sum(own_counts)
+        num_targets, num_tokens, stop, save, limit, num_bad, *rest = totals
+        self._bad_rows.add(int(num_bad), bad_rows)
         self._saver.advance(*rest[: len(save_flags)])
         self._sources.add(rest[len(save_flags) :])
 
@@ -362,6 +370,7 @@ class Trainer:
             num_target_tokens=self._num_target_tokens,
             history=self._components.anomaly_detector.history,
             trained_s=self._saver.trained_s,
+            num_bad_rows=self._bad_rows.count,
         )
 
     def _result(self) -> Result:

@@ -18,6 +18,7 @@ from dist_ft.config.schema import BatchSection, DataSection
 from dist_ft.core.errors import DataError
 from dist_ft.core.logs import redact
 from dist_ft.core.seeds import derive_seed, random_uint64
+from dist_ft.data.batch import BadRows
 from dist_ft.data.batching.assemble import SequenceTokens, read_segments
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.blocks.segments import split_into_segments
@@ -39,6 +40,9 @@ class LaneStream(Protocol):
 
     def next(self) -> SequenceTokens:
         """Return the next sequence and advance the cursor."""
+
+    def take_bad_rows(self) -> BadRows:
+        """Return the bad rows of windows that were opened since the last call."""
 
     def epochs_done(self, cursor: Cursor) -> float:
         """Return the epochs of the source that the lane has completed at a cursor."""
@@ -117,6 +121,7 @@ class SliceStream:
         self._store = store
         self._data, self._batch = sections
         self._window: Window | None = None
+        self._bad_rows = BadRows()
 
     def request(self) -> None:
         """Start to tokenize the window of the cursor; do not wait."""
@@ -136,6 +141,12 @@ class SliceStream:
         sequence = self._window.read(self.cursor.draws, self._source, self.cursor.epoch)
         self.cursor = self.cursor._replace(draws=self.cursor.draws + 1)
         return sequence
+
+    def take_bad_rows(self) -> BadRows:
+        """Return the bad rows of windows that were opened since the last call."""
+        found = self._bad_rows
+        self._bad_rows = BadRows()
+        return found
 
     def epochs_done(self, cursor: Cursor) -> float:
         """Return the epochs of the source that the lane has completed at a cursor."""
@@ -160,6 +171,12 @@ class SliceStream:
             places = np.full(len(bounds), place)
             segments.append(np.column_stack([places, bounds]))
             blocks.append(block)
+
+            # A window that was drawn from was counted before the run stopped.
+            if block.bad_rows and not cursor.draws:
+                bad_rows = BadRows(len(block.bad_rows), block.bad_rows[0])
+                self._bad_rows = self._bad_rows.plus(bad_rows)
+
             facts = SliceFacts(
                 num_rows=len(block.offsets) - 1,
                 num_bad=len(block.bad_rows),
@@ -234,6 +251,10 @@ class IndexStream:
         self._loader.request_ahead([ref])
         self.cursor = self.cursor._replace(first=self.cursor.first + 1)
         return sequence
+
+    def take_bad_rows(self) -> BadRows:
+        """Return none: those of an index were counted when it was built."""
+        return BadRows()
 
     def epochs_done(self, cursor: Cursor) -> float:
         """Return the epochs of the source that the lane has completed at a cursor."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from dist_ft.core.errors import DataError
 from dist_ft.core.seeds import derive_seed
-from dist_ft.data.batch import Batch
+from dist_ft.data.batch import BadRows, Batch
 from dist_ft.data.batching.assemble import BatchBuilder, SequenceTokens, read_segments
 from dist_ft.data.batching.prefetch import build_ahead
 from dist_ft.data.blocks.block_store import BlockStore
@@ -132,6 +132,10 @@ class Loader:
     def take_facts(self) -> np.ndarray:
         """Return no facts of slices (0, 5): the index has those of all blocks."""
         return np.zeros((0, NUM_FACTS), dtype=np.int64)
+
+    def take_bad_rows(self) -> BadRows:
+        """Return none: bad rows were counted when the index was built."""
+        return BadRows()
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dist_ft.data.batch import Batch
+from dist_ft.data.batch import BadRows, Batch
 from dist_ft.data.batching.assemble import BatchBuilder
 from dist_ft.data.batching.lane_stream import LaneStream
 from dist_ft.data.batching.loader import CURSOR_COLUMNS, Loader
@@ -33,10 +33,12 @@ class _BuiltStep(NamedTuple):
     Attributes:
         batches: one batch a lane.
         cursors: int64 (lanes * S, 6) where the lanes are after it; see `CURSOR_COLUMNS`.
+        bad_rows: bad rows of the windows that it opened.
     """
 
     batches: list[Batch]
     cursors: np.ndarray
+    bad_rows: BadRows
 
 
 class StreamLoader:
@@ -78,6 +80,7 @@ class StreamLoader:
         self._start = 0
         self._start_cursors: dict[tuple[int, int], Cursor] = {}
         self._cursors = np.zeros((0, len(CURSOR_COLUMNS)), dtype=np.int64)
+        self._bad_rows = BadRows()
 
     def restore(self, step: int, cursors: np.ndarray) -> None:
         """Start from a checkpoint.
@@ -109,16 +112,13 @@ class StreamLoader:
             self.plan.data.prefetch_steps,
         )
         for built in steps:
-            self._cursors = built.cursors
-            yield built.batches
+            yield self._advance(built)
 
     def batches(self, step: int, lanes: Sequence[int]) -> list[Batch]:
         """Return one batch for each of `lanes` at `step`; steps must be read in order."""
         if not self._streams:
             self._open(lanes)
-        built = self._build(step, lanes)
-        self._cursors = built.cursors
-        return built.batches
+        return self._advance(self._build(step, lanes))
 
     def cursors(self) -> np.ndarray:
         """Return where the lanes are after the last step, int64 (n, 6); see `CURSOR_COLUMNS`."""
@@ -127,6 +127,12 @@ class StreamLoader:
     def take_facts(self) -> np.ndarray:
         """Return the facts of slices that were read since the last call, int64 (n, 5)."""
         return self.store.take_facts()
+
+    def take_bad_rows(self) -> BadRows:
+        """Return the bad rows that the steps since the last call came upon."""
+        found = self._bad_rows
+        self._bad_rows = BadRows()
+        return found
 
     def epochs_done(self, step: int) -> list[float]:
         """Return about how many of its epochs each source has completed, by this worker's lanes."""
@@ -163,7 +169,17 @@ class StreamLoader:
             draws = self.plan.draws(step, lane)
             sequences = [self._streams[lane, draw.source].next() for draw in draws]
             batches.append(self._builder.build(sequences, lane))
-        return _BuiltStep(batches, self._current_cursors())
+
+        bad_rows = BadRows()
+        for stream in self._streams.values():
+            bad_rows = bad_rows.plus(stream.take_bad_rows())
+        return _BuiltStep(batches, self._current_cursors(), bad_rows)
+
+    def _advance(self, built: _BuiltStep) -> list[Batch]:
+        """Return the batches of a step, with which the lanes are where it left them."""
+        self._cursors = built.cursors
+        self._bad_rows = self._bad_rows.plus(built.bad_rows)
+        return built.batches
 
     def _current_cursors(self) -> np.ndarray:
         rows = [(lane, source, *own.cursor) for (lane, source), own in self._streams.items()]

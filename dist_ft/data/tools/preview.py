@@ -14,6 +14,8 @@ import numpy as np
 
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.blocks.segments import split_into_segments
+from dist_ft.data.blocks.token_cache import TokenizedBlock
+from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.packing import group_into_sequences
 
 MAX_BLOCKS = 32
@@ -198,30 +200,45 @@ def preview(loader: Loader, num_samples: int = 3, markup: bool = False) -> str:
         num_samples: number of samples to show, in storage order.
         markup: mark the targets in rich's markup instead of [[ ]], and escape other brackets.
     """
-    sections = [
-        _format_segment(loader, segment, markup) for segment in _first_segments(loader, num_samples)
-    ]
+    sections = []
+    for segment in _first_segments(loader, num_samples):
+        sample = int(loader.index.first_samples[segment.block]) + segment.row
+        location = loader.index.locate_sample(sample)
+        shown = ShownSegment(
+            f"sample {sample} ({location.shard.url} row {location.row + 1})",
+            loader.store.block(segment.block),
+            (segment.row, segment.start, segment.num_tokens),
+        )
+        sections.append(format_segment(shown, loader.store.encoder, markup))
     statistics = format_statistics(compute_statistics(loader), loader.plan.data.pack)
     return "\n\n".join([*sections, statistics])
 
 
-def _format_segment(loader: Loader, segment: _SegmentRef, markup: bool) -> str:
-    """Return a segment's location and number of tokens, and its text with the targets marked."""
-    block = loader.store.block(segment.block)
-    encoder = loader.store.encoder
+class ShownSegment(NamedTuple):
+    """A segment to show.
 
-    start = int(block.offsets[segment.row]) + segment.start
-    stop = start + segment.num_tokens
+    Attributes:
+        name: sample and location.
+        block: the tokens of its block or slice.
+        bounds: row in the block, first token, number of tokens.
+    """
+
+    name: str
+    block: TokenizedBlock
+    bounds: tuple[int, int, int]
+
+
+def format_segment(segment: ShownSegment, encoder: Encoder, markup: bool) -> str:
+    """Return a segment's location and number of tokens, and its text with the targets marked."""
+    block = segment.block
+    row, first, num_tokens = segment.bounds
+    start = int(block.offsets[row]) + first
+    stop = start + num_tokens
     is_target = block.is_target[start:stop]  # (n,), computed anew, not a view of the file
     # The first token cannot be a next-token target; a task's label may be on it.
     is_target[0] &= block.is_labeled
 
-    sample = int(loader.index.first_samples[segment.block]) + segment.row
-    location = loader.index.locate_sample(sample)
-    head = (
-        f"sample {sample} ({location.shard.url} row {location.row + 1}): {segment.num_tokens} "
-        f"tokens, {int(is_target.sum())} of them targets"
-    )
+    head = f"{segment.name}: {num_tokens} tokens, {int(is_target.sum())} of them targets"
     labels = encoder.describe_targets(block.targets[start:stop])
     if labels:
         head += f" (label: {labels})"

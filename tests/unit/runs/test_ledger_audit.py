@@ -71,10 +71,13 @@ def test_stacks_of_hung_workers_are_no_attempts(run):
     ],
 )
 def test_lost_and_repeated_segments_are_reported(run, monkeypatch, corrupt, expected):
-    read = module.read_ledger
-    monkeypatch.setattr(
-        module, "read_ledger", lambda store, manifest: corrupt(read(store, manifest))
-    )
+    read = module.read_history
+
+    def corrupted(store, manifest):
+        history = read(store, manifest)
+        return history._replace(samples=corrupt(history.samples))
+
+    monkeypatch.setattr(module, "read_history", corrupted)
     found = audit(run.run_url)
     assert not found.is_sound
     text = describe(found)
