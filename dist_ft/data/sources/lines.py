@@ -15,7 +15,7 @@ from dist_ft.core.json_documents import decode_json
 from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line
 from dist_ft.data.block import END_OF_SHARD, ShardRange, split_range
-from dist_ft.data.sources import csv_rows, ranged_reads
+from dist_ft.data.sources import csv_rows, line_ranges, ranged_reads
 from dist_ft.data.sources.discovery import Row, RowLocation, Shard
 from dist_ft.data.sources.line_reader import (
     ByteMeter,
@@ -81,10 +81,11 @@ def read_ranges(
             rows = _json_rows(shard, _json_items(shard, max_row_bytes, meter))
             yield from _regroup_by_range(shard, rows, ranges, meter)
         else:
-            for part in ranges:
-                lines = _lines_of_range(shard, part, max_row_bytes)
-                rows = _json_rows(shard, lines, part.start)
-                yield part, _collect(shard, rows, part, meter)
+            for group in line_ranges.join_ranges(shard, ranges):
+                content = line_ranges.read_group(shard, group, max_row_bytes)
+                for part in group:
+                    rows = _json_rows(shard, content.lines(part), part.start)
+                    yield part, _collect(shard, rows, part, meter)
 
 
 @contextmanager
@@ -225,53 +226,6 @@ def _array_items(shard: Shard, chunks: Iterator[bytes]) -> list[Any]:
             )
         ) from error
     return items
-
-
-def _lines_of_range(
-    shard: Shard, part: ShardRange, max_row_bytes: int
-) -> Iterator[bytes | LongLine]:
-    """Yield the lines that start in the byte range of `part`."""
-    stop = shard.size if part.stop == END_OF_SHARD else part.stop
-    read_start = max(0, part.start - 1)  # the byte before shows whether a line starts at `start`
-    content = ranged_reads.read_range(shard.url, read_start, stop)
-
-    if part.start:
-        line_break = content.find(b"\n")
-        if line_break < 0:
-            return  # one line, which starts before the range and ends after it
-        content = content[line_break + 1 :]
-    else:
-        content = content.removeprefix(_UTF8_BOM)
-
-    # the last line ends in a later range, which skips the rest of it
-    if content and not content.endswith(b"\n"):
-        num_bytes = len(content) - (content.rfind(b"\n") + 1)
-        content += _rest_of_line(shard, stop, max_row_bytes - num_bytes)
-
-    for line in content.split(b"\n"):
-        yield line if len(line) <= max_row_bytes else LongLine(len(line), max_row_bytes)
-
-
-def _rest_of_line(shard: Shard, start: int, max_bytes: int) -> bytes:
-    """Return the bytes from `start` up to the next line break, or to the end.
-
-    Of more than `max_bytes`, some more than those: the line is too long to be used.
-    """
-    # Most lines end soon: start with small reads and double them.
-    rest = bytearray()
-    width = ranged_reads.MIN_RANGE_BYTES
-    while start < shard.size and len(rest) <= max_bytes:
-        chunk = ranged_reads.read_range(shard.url, start, min(shard.size, start + width))
-        line_break = chunk.find(b"\n")
-        if line_break >= 0:
-            rest += chunk[:line_break]
-            break
-
-        rest += chunk
-        start += len(chunk)
-        width = min(2 * width, ranged_reads.RANGE_BYTES)
-
-    return bytes(rest)
 
 
 def _json_rows(

@@ -15,7 +15,7 @@ from typing import Any
 
 from dist_ft.core.errors import DataError, StorageError
 from dist_ft.data.block import END_OF_SHARD, ShardRange
-from dist_ft.data.sources import hub, lines, tables
+from dist_ft.data.sources import hub, line_ranges, lines, tables
 from dist_ft.data.sources.discovery import Row, Shard, vanished_error
 from dist_ft.data.sources.line_reader import MAX_ROW_BYTES
 
@@ -101,6 +101,13 @@ def read_ranges(
             yield from tables.read_ranges(shard, ranges, max_row_bytes)
         else:
             yield from lines.read_ranges(shard, ranges, max_row_bytes)
+
+
+def first_of_each_read(shard: Shard, ranges: Sequence[ShardRange]) -> frozenset[ShardRange]:
+    """Return the ranges with which `read_ranges` reads something new; others come from memory."""
+    if shard.kind == "jsonl" and not shard.codec and not lines.is_json_file(shard):
+        return frozenset(group[0] for group in line_ranges.join_ranges(shard, ranges))
+    return frozenset(ranges)
 
 
 def iter_rows(
