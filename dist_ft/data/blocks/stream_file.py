@@ -39,6 +39,11 @@ class StreamedSource(BaseModel):
     num_blocks: int = Field(gt=0, lt=2**31)
     slices_per_block: int = Field(gt=0, lt=2**31)
 
+    @classmethod
+    def from_layout(cls, source: int, layout: StreamLayout) -> StreamedSource:
+        """Return a source that is cut in this way."""
+        return cls(source=source, **layout._asdict())
+
     @property
     def layout(self) -> StreamLayout:
         """How the source is cut."""
@@ -51,16 +56,18 @@ class StreamDescription(BaseModel):
     Attributes:
         format_version: version of this description.
         sources: the sources that stream; the others are indexed.
+        table: checksum of the table of shards.
         sizes: sequences of an epoch of each source, estimated for those that stream.
-        recipe: what makes tokens of rows.
+        recipe: what makes tokens of rows; empty before it is known.
     """
 
     model_config = ConfigDict(frozen=True)
 
     format_version: int = FORMAT_VERSION
     sources: tuple[StreamedSource, ...]
-    sizes: tuple[float, ...]
-    recipe: dict[str, Any]
+    table: str = Field(pattern=r"^[0-9a-f]{32}$")
+    sizes: tuple[float, ...] = ()
+    recipe: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def layouts(self) -> dict[int, StreamLayout]:

@@ -38,7 +38,7 @@ MARKER = ".complete"
 BRANCH_MAX_AGE_S = 600.0
 """Age after which a branch or tag of the hub is requested again; commits never are."""
 MAX_ATTEMPTS = 2
-CachePart = Literal["models", "tokens", "wandb", "packages"]
+CachePart = Literal["models", "tokens", "shards", "wandb", "packages"]
 """The folders in data.cache_dir."""
 _MD5 = re.compile(r'^"?([0-9a-f]{32})"?$')
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")

@@ -19,24 +19,26 @@ from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.data.blocks import index_builder, stream_file
 from dist_ft.data.blocks.block_store import BlockStore
+from dist_ft.data.blocks.stream_file import StreamDescription
 from dist_ft.data.encoding.chat import Encoder
-from dist_ft.data.sources.discovery import discover_shards
+from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.data.sources.shard_table import ShardTable
+from dist_ft.model.loading.download import cache_folder
 from dist_ft.model.loading.load import load_tokenizer
 from dist_ft.runtime.bootstrap.build_index import (
     FOLDER,
     TRAINING_FIELD,
     DataInput,
     Site,
-    encoder_of,
     load_index,
     make_block_store,
 )
 from dist_ft.runtime.bootstrap.build_stream import (
     STREAM,
     load_stream,
-    plan_layouts,
+    plan_stream,
 )
+from dist_ft.runtime.bootstrap.stored_shards import SUFFIX, store_shards, write_shards
 from dist_ft.storage.filesystem import Store
 
 INDEX = f"{FOLDER}/{TRAINING_FIELD}"
@@ -98,22 +100,32 @@ def build_training_loader(
     data = DataInput(TRAINING_FIELD, run.config.effective_data)
     site = Site(store, world, collectives)
     description = site.on_rank0(lambda: stream_file.load(store, STREAM))
-    if description is None and site.on_rank0(lambda: store.exists(f"{INDEX}.json")):
-        _require_order(run.config, "indexed")
-        return _build_loader(run, data, site)
     if description is not None:
         _require_order(run.config, "streamed")
-
-    encoder = encoder_of(run, data)
-    table = site.on_rank0(lambda: ShardTable(discover_shards(data.section.train, data.field)))
-    layouts = {}
-    if description is not None:
-        layouts = description.layouts
-    elif _may_stream(run.config, site):
-        layouts = plan_layouts(table, data.section, run.config.batch)
-    if not layouts:
+        return load_stream(run, data, description, site)
+    if site.on_rank0(lambda: store.exists(f"{INDEX}.json")):
+        _require_order(run.config, "indexed")
         return _build_loader(run, data, site)
-    return load_stream(run, data, encoder, table, layouts, site, description)
+    if not _may_stream(run.config):
+        return _build_loader(run, data, site)
+
+    # One rank lists and all use its listing, so that no two ranks see different shards.
+    listings: list[tuple[tuple[Shard, ...], ...]] = []
+    folder = cache_folder(run.config.data.cache_dir, "shards")
+
+    def list_and_plan() -> StreamDescription | None:
+        listings.append(discover_shards(data.section.train, data.field))
+        checksum = write_shards(listings[0], folder)
+        table = ShardTable(folder / f"{checksum}{SUFFIX}")
+        return plan_stream(table, data.section, run.config.batch, checksum)
+
+    planned = site.on_rank0(list_and_plan)
+    if planned is None:
+        shards_by_source = site.on_rank0(lambda: listings[0])
+        return load_index(run, data, shards_by_source, site, INDEX)
+
+    site.on_rank0(lambda: store_shards(store, STREAM, folder, planned.table))
+    return load_stream(run, data, planned, site)
 
 
 def build_held_out_loader(
@@ -180,11 +192,11 @@ def _require_order(config: RunConfig, order: str) -> None:
         )
 
 
-def _may_stream(config: RunConfig, site: Site) -> bool:
+def _may_stream(config: RunConfig) -> bool:
     """Whether the settings allow the data to stream."""
-    reasons = index_reasons(config)
-    is_requested = config.data.order == "streamed"
-    return is_requested or (config.data.order == "auto" and not reasons)
+    if config.data.order == "auto":
+        return not index_reasons(config)
+    return config.data.order == "streamed"
 
 
 def _build_loader(run: ResolvedRun, data: DataInput, site: Site) -> Loader:

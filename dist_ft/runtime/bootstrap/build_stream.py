@@ -19,13 +19,12 @@ from dist_ft.data.batching.lane_stream import IndexStream, LaneStream, SliceStre
 from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.data.blocks import stream_file
-from dist_ft.data.blocks.index import IndexRecipe, index_recipe
+from dist_ft.data.blocks.index import index_recipe
 from dist_ft.data.blocks.index_builder import distribute
 from dist_ft.data.blocks.segments import measure_block
 from dist_ft.data.blocks.slice_store import SliceStore
 from dist_ft.data.blocks.slices import Slices, is_splittable
 from dist_ft.data.blocks.stream_file import StreamDescription, StreamedSource
-from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.stream_order import (
     MIN_BLOCKS_PER_LANE,
     Cursor,
@@ -34,6 +33,7 @@ from dist_ft.data.sampling.stream_order import (
     plan_layout,
 )
 from dist_ft.data.sampling.stream_plan import StreamPlan
+from dist_ft.data.sources.discovery import Shard
 from dist_ft.data.sources.readers import COMPRESSION_RATIO
 from dist_ft.data.sources.shard_table import ShardTable
 from dist_ft.model.loading.download import cache_folder
@@ -42,10 +42,12 @@ from dist_ft.runtime.bootstrap.build_index import (
     TRAINING_FIELD,
     DataInput,
     Site,
+    encoder_of,
     load_index,
     make_batch_builder,
     make_tokenizer_pool,
 )
+from dist_ft.runtime.bootstrap.stored_shards import open_shards
 
 STREAM = f"{FOLDER}/{TRAINING_FIELD}.stream"
 REST = f"{FOLDER}/{TRAINING_FIELD}.rest"
@@ -54,16 +56,25 @@ SAMPLED_SLICES = 4
 """Slices of a source that are read for its share of a mixture."""
 
 
-def plan_layouts(
-    table: ShardTable, data: DataSection, batch: BatchSection
-) -> dict[int, StreamLayout]:
-    """Return how the sources are cut that can stream."""
-    layouts = {}
+def plan_stream(
+    table: ShardTable, data: DataSection, batch: BatchSection, checksum: str
+) -> StreamDescription | None:
+    """Return how the sources are cut that can stream; None if none can.
+
+    Args:
+        table: the shards.
+        data: the sources.
+        batch: lanes and length of sequences.
+        checksum: of the table.
+    """
+    sources = []
     for source in range(len(data.train)):
         layout = _plan_source(table, source, data, batch)
         if layout is not None:
-            layouts[source] = layout
-    return layouts
+            sources.append(StreamedSource.from_layout(source, layout))
+    if not sources:
+        return None
+    return StreamDescription(sources=tuple(sources), table=checksum)
 
 
 def _plan_source(
@@ -136,23 +147,6 @@ def make_stream_loader(parts: StreamParts, sizes: Sequence[float]) -> StreamLoad
     return StreamLoader(plan, parts.store, make_stream, len(sizes), parts.builder, parts.indexed)
 
 
-def describe(
-    layouts: Mapping[int, StreamLayout], sizes: Sequence[float], recipe: IndexRecipe
-) -> StreamDescription:
-    """Return what is stored of a stream when its run starts."""
-    sources = []
-    for source, (num_bytes, num_blocks, slices_per_block) in sorted(layouts.items()):
-        sources.append(
-            StreamedSource(
-                source=source,
-                num_bytes=num_bytes,
-                num_blocks=num_blocks,
-                slices_per_block=slices_per_block,
-            )
-        )
-    return StreamDescription(sources=tuple(sources), sizes=tuple(sizes), recipe={**recipe})
-
-
 def estimate_sizes(parts: StreamParts, world: World, collectives: Collectives) -> tuple[float, ...]:
     """Return the sequences of an epoch of each source; a collective call.
 
@@ -193,36 +187,27 @@ def estimate_sizes(parts: StreamParts, world: World, collectives: Collectives) -
 
 
 def load_stream(
-    run: ResolvedRun,
-    data: DataInput,
-    encoder: Encoder,
-    table: ShardTable,
-    layouts: Mapping[int, StreamLayout],
-    site: Site,
-    description: StreamDescription | None,
+    run: ResolvedRun, data: DataInput, description: StreamDescription, site: Site
 ) -> StreamLoader:
-    """Return the loader of a stream; `description`: as the run stored it, None if it is new."""
+    """Return the loader of a stream; a collective call.
+
+    `description`: as the run stored it; as it was planned, without recipe, on its first start.
+    """
     config, section = run.config, data.section
-    pool = make_tokenizer_pool(config, section, encoder)
+    shards_folder = cache_folder(config.data.cache_dir, "shards")
+    table = open_shards(site.store, STREAM, shards_folder, description.table)
+    layouts = description.layouts
+    encoder = encoder_of(run, data)
     slices = SliceStore(
         cache_folder(config.data.cache_dir, "tokens"),
         encoder,
         Slices(table, layouts),
-        pool,
+        make_tokenizer_pool(config, section, encoder),
         section.cache_gib * 2**30,
     )
     recipe = index_recipe(slices.writer.fingerprint, section, config.batch.sequence_length)
-    if description is not None:
+    if description.recipe:
         stream_file.verify_recipe(description, recipe)
-
-    indexed = None
-    if len(layouts) < len(section.train):
-        # Only the sources that do not stream have shards here, so that numbers stay the same.
-        rest = [
-            () if source in layouts else tuple(table.iter_source(source))
-            for source in range(len(section.train))
-        ]
-        indexed = load_index(run, data, rest, site, REST)
 
     parts = StreamParts(
         section,
@@ -230,13 +215,30 @@ def load_stream(
         config.run.seed,
         layouts,
         slices,
-        indexed,
+        _load_rest(run, data, table, layouts, site),
         make_batch_builder(run, data, site),
     )
-    if description is None:
+    if not description.recipe:
         sizes = estimate_sizes(parts, site.world, site.collectives)
-        described = describe(layouts, sizes, recipe)
-        site.on_rank0(lambda: stream_file.save(described, site.store, STREAM))
-    else:
-        sizes = description.sizes
-    return make_stream_loader(parts, sizes)
+        description = description.model_copy(update={"sizes": sizes, "recipe": {**recipe}})
+        site.on_rank0(lambda: stream_file.save(description, site.store, STREAM))
+    return make_stream_loader(parts, description.sizes)
+
+
+def _load_rest(
+    run: ResolvedRun,
+    data: DataInput,
+    table: ShardTable,
+    layouts: Mapping[int, StreamLayout],
+    site: Site,
+) -> Loader | None:
+    """Return the loader of the sources that do not stream; None without any."""
+    num_sources = len(data.section.train)
+    if len(layouts) == num_sources:
+        return None
+
+    # Only these have shards here, so that the numbers of sources stay the same.
+    rest: list[tuple[Shard, ...]] = []
+    for source in range(num_sources):
+        rest.append(() if source in layouts else tuple(table.iter_source(source)))
+    return load_index(run, data, rest, site, REST)

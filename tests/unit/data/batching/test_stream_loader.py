@@ -24,7 +24,7 @@ from dist_ft.data.sampling.batch_plan import BatchPlan
 from dist_ft.data.sampling.stream_order import StreamLayout, StreamOrder
 from dist_ft.data.sampling.stream_plan import StreamPlan
 from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.data.sources.shard_table import ShardTable
+from dist_ft.data.sources.shard_table import ShardTable, write_table
 from dist_ft.data.tools.write import write_jsonl
 from dist_ft.storage.filesystem import Store
 
@@ -63,13 +63,15 @@ class Streamed:
         self.encoder = Encoder(tokenizer, self.data)
         self.cache = tmp_path / "cache"
         self.shards = discover_shards(sources)
+        write_table(tmp_path / "shards.arrow", self.shards)
+        self.table = ShardTable(tmp_path / "shards.arrow")
 
     @property
     def num_streamed(self) -> int:
         return len(self.paths) - self.num_indexed
 
     def loader(self) -> StreamLoader:
-        listed = ShardTable(self.shards)
+        listed = self.table
         layouts = {
             source: StreamLayout(sum(shard.size for shard in self.shards[source]), *self.layout)
             for source in range(self.num_streamed)

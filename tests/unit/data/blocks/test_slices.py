@@ -16,7 +16,7 @@ from dist_ft.data.blocks.slices import SAMPLE_BITS, Slices, first_sample, is_spl
 from dist_ft.data.sampling.stream_order import StreamLayout
 from dist_ft.data.sources import readers
 from dist_ft.data.sources.discovery import discover_shards
-from dist_ft.data.sources.shard_table import ShardTable
+from dist_ft.data.sources.shard_table import ShardTable, write_table
 
 line_breaks = st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\n  \n"])
 texts = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=60)
@@ -33,8 +33,13 @@ def rows_of(slices: Slices, numbers: range) -> list[Any]:
     return found
 
 
+def table_of(sources: list[Source], path: Path) -> ShardTable:
+    write_table(path, discover_shards(sources))
+    return ShardTable(path)
+
+
 def sliced(folder: Path, num_blocks: int, slices_per_block: int) -> Slices:
-    table = ShardTable(discover_shards([Source(path=str(folder))]))
+    table = table_of([Source(path=str(folder))], folder.parent / f"{folder.name}.arrow")
     layout = StreamLayout(table.total_bytes(0), num_blocks, slices_per_block)
     return Slices(table, {0: layout})
 
@@ -149,7 +154,7 @@ def test_numbers_over_all_sources(tmp_path):
         (tmp_path / str(source)).mkdir()
         (tmp_path / str(source) / "x.jsonl").write_text('{"text": "a"}\n' * 50)
     sources = [Source(path=str(tmp_path / str(source))) for source in range(3)]
-    table = ShardTable(discover_shards(sources))
+    table = table_of(sources, tmp_path / "shards.arrow")
     size = table.total_bytes(0)
     slices = Slices(table, {0: StreamLayout(size, 3, 2), 2: StreamLayout(size, 5, 1)})
     assert slices.count == 11
