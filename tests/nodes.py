@@ -36,14 +36,15 @@ class Nodes:
         cpus: float = 1,
         place: tuple[str, str] | None = None,
         env: dict[str, str] | None = None,
+        gpus: int = 0,
     ) -> int:
         """Add a node and return its number.
 
         `place`: its (network namespace, address); `env`: variables of all that runs there, without
-        spaces.
+        spaces; `gpus`: GPUs that it pretends to have.
         """
         variables = [f"{name}={value}" for name, value in (env or {}).items()]
-        return int(self._send(f"add {cpus} {' '.join([*(place or ()), *variables])}"))
+        return int(self._send(f"add {cpus} {' '.join([*(place or ()), *variables])} gpus:{gpus}"))
 
     def node_id(self, number: int) -> str:
         """Return Ray's id of a node."""
@@ -133,6 +134,7 @@ def main() -> None:
     for line in sys.stdin:
         command, value, *more = line.split()
         if command == "add":
+            num_gpus = int(more.pop().removeprefix("gpus:"))
             variables = dict(word.split("=", 1) for word in more if "=" in word)
             more = [word for word in more if "=" not in word]
             if more:
@@ -140,6 +142,7 @@ def main() -> None:
             nodes.append(
                 cluster.add_node(
                     num_cpus=float(value),
+                    num_gpus=num_gpus,
                     object_store_memory=2**27,
                     **({"node_ip_address": more[1]} if more else {}),
                     **({"env_vars": variables} if variables else {}),

@@ -25,7 +25,7 @@ class Change(NamedTuple):
     new: Any
 
 
-def identity(config: RunConfig) -> dict[str, Any]:
+def identity(config: RunConfig) -> Mapping[str, Any]:
     """Return the values of all identity fields by dotted path; with indices (data.train.0.path)."""
     return {field.path: field.value for field in _fields(config) if field.is_identity}
 

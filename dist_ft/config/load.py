@@ -176,7 +176,7 @@ def read_stored_text(store: Store) -> str:
         raise ConfigError([f"not a text file (UTF-8). {RESTORE}"], _stored_name(store)) from error
 
 
-def parse_stored_text(text: str, name: str) -> dict[str, Any]:
+def parse_stored_text(text: str, name: str) -> Mapping[str, Any]:
     """Return the mapping in the text of a stored config, with the field names of this version.
 
     Raises:
@@ -196,7 +196,7 @@ def parse_stored_text(text: str, name: str) -> dict[str, Any]:
     return renames.RUN.migrate(documents[0])
 
 
-def read_stored_config(store: Store) -> dict[str, Any]:
+def read_stored_config(store: Store) -> Mapping[str, Any]:
     """Return a run's stored config as a mapping with the names of this version; {} without one.
 
     Raises:

@@ -22,7 +22,7 @@ ENGINE_TITLES = {"TorchEngine": "plain PyTorch", "DeepSpeedEngine": "DeepSpeed Z
 """Name of an engine in manifests -> its name for people."""
 
 
-def stored_config(store: Store) -> dict[str, Any]:
+def stored_config(store: Store) -> Mapping[str, Any]:
     """Return the resolved config of a run as a mapping, without credentials."""
     # The plain mapping rather than a RunConfig: a report must also work for a run that another
     # version stored, whose fields this version may not know.

@@ -18,12 +18,14 @@ from dist_ft.core import logs
 from dist_ft.core.errors import ConfigError
 from dist_ft.core.private_folders import keep_compiled_code_private
 from dist_ft.core.world import World
-from dist_ft.runtime.bootstrap import collective_timeouts, network_check, rendezvous
+from dist_ft.runtime.bootstrap import collective_timeouts, devices, network_check, rendezvous
 from dist_ft.storage import filesystem
 from dist_ft.training.console import Console
 from dist_ft.training.notify.monitor import MonitorCallback, monitor_run
 from dist_ft.training.result import Result
 from dist_ft.training.run_context import RunContext
+
+log = logging.getLogger("dist_ft.run")
 
 joined_process_group = threading.Event()
 """Set once this process has been in a process group; see `exit_process`."""
@@ -83,7 +85,11 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     Raises:
         ConfigError: there are other ranks, but no address to meet them.
     """
+    use_gpu = config.cluster.gpus_per_worker > 0
+    if use_gpu:
+        devices.require_device(world.rank_of_node)
     if config.max_workers == 0 and world.num_ranks == 1:
+        _warn_of_idle_gpus(config)
         yield
         return
 
@@ -96,7 +102,6 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
         _require_address(world)
 
     joined_process_group.set()
-    use_gpu = config.cluster.gpus_per_worker > 0
     if use_gpu:
         # Before the group exists: NCCL uses the current device, by default GPU 0 on every rank.
         torch.cuda.set_device(world.rank_of_node)
@@ -116,6 +121,13 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
                 stack.callback(dist.destroy_process_group)
 
             yield
+
+
+def _warn_of_idle_gpus(config: RunConfig) -> None:
+    # The driver of Ray workers looks at all nodes.
+    idle = devices.idle_here(config)
+    if idle:
+        log.warning("%s", idle)
 
 
 def _init_process_group(backend: str, timeout: timedelta) -> None:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from dist_ft.config.load import load_config
 from dist_ft.config.schema import RunConfig
@@ -21,6 +21,7 @@ from dist_ft.core.errors import ConfigError, DistFtError, Interrupted
 from dist_ft.core.logs import redact
 from dist_ft.runtime import machine
 from dist_ft.runtime.bootstrap.network_check import FILE as NETWORK_FILE
+from dist_ft.runtime.bootstrap.network_check import NetworkDocument, PublicNetwork
 from dist_ft.runtime.machine import NodeDescription
 from dist_ft.runtime.preflight import check_run
 from dist_ft.selftest import checks, materials
@@ -71,7 +72,7 @@ class Report:
     device: str
     findings: tuple[Finding, ...]
     machines: tuple[NodeDescription, ...]
-    network: dict[str, Any] | None
+    network: PublicNetwork | None
     settings: Settings
     log_tails: dict[str, tuple[str, ...]]
     duration_s: float
@@ -228,13 +229,13 @@ class _Selftest:
         )
         return outcome
 
-    def _read_network(self) -> dict[str, Any] | None:
+    def _read_network(self) -> NetworkDocument | None:
         """Return what the network check of the run zero-3 wrote, or None."""
         store = self._store.child("zero-3")
         try:
             if not store.exists(NETWORK_FILE):
                 return None
-            network = read_json_object(store, NETWORK_FILE)
+            network = cast(NetworkDocument, read_json_object(store, NETWORK_FILE))
         except (ValueError, DistFtError):
             # a missing or broken file is a finding of `check_network`, not the end of the self-test
             return None
@@ -243,7 +244,7 @@ class _Selftest:
     def _check_all(
         self,
         planned: Sequence[Scenario],
-        network: dict[str, Any] | None,
+        network: NetworkDocument | None,
         machines: Sequence[NodeDescription],
     ) -> list[Finding]:
         findings = []
@@ -307,7 +308,7 @@ def _redact_problems(finding: Finding) -> Finding:
     return replace(finding, problems=tuple(map(redact, finding.problems)))
 
 
-def _anonymize(network: dict[str, Any] | None) -> dict[str, Any] | None:
+def _anonymize(network: NetworkDocument | None) -> PublicNetwork | None:
     """Return what the network check found, with nodes by number."""
     if network is None:
         return None
@@ -323,8 +324,15 @@ def _anonymize(network: dict[str, Any] | None) -> dict[str, Any] | None:
 
     # a report is pasted into public issues; links name nodes by number already
     slow = [names.sub(lambda match: str(number_of[match[0]]), line) for line in network["slow"]]
-    rest = {key: value for key, value in network.items() if key not in ("machines", "nodes")}
-    return {**rest, "num_nodes": len(network["nodes"]), "slow": slow}
+    return PublicNetwork(
+        world_size=network["world_size"],
+        sums=network["sums"],
+        links=network["links"],
+        slow=slow,
+        seconds=network["seconds"],
+        backend=network["backend"],
+        num_nodes=len(network["nodes"]),
+    )
 
 
 def as_json(report: Report) -> str:

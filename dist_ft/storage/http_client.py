@@ -23,7 +23,7 @@ _HARMLESS_HEADERS = frozenset(
 """Sent to any host; all others may hold a credential, such as X-Api-Key."""
 
 
-def client_options(protocol: str, configured: Mapping[str, Any]) -> dict[str, Any]:
+def client_options(protocol: str, configured: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the options of a filesystem's client that the user's own do not set.
 
     Args:

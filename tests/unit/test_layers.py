@@ -463,7 +463,9 @@ def test_words_that_are_not_used(pattern):
     found = []
     for file in sorted(ROOT.glob(pattern)):
         path = str(file.relative_to(ROOT))
-        if path in READ_BY_OLD_VERSIONS or file == Path(__file__).resolve():
+        # hidden folders hold environments and caches, which are not the project's
+        is_hidden = any(part.startswith(".") for part in file.relative_to(ROOT).parts)
+        if is_hidden or path in READ_BY_OLD_VERSIONS or file == Path(__file__).resolve():
             continue
         for number, line in enumerate(file.read_text().splitlines(), 1):
             if match := UNUSED_WORDS.search(line.replace("_", " ")):

@@ -12,7 +12,7 @@ The types of fields are not checked here. The schema has done that; for an objec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -231,7 +231,7 @@ def _check_replicas(path: str, group: dict[str, Any], has_autoscaler: bool) -> I
         yield Problem(path, "minReplicas or maxReplicas is below 0. Raise it.")
 
 
-def environment_variables(group: dict[str, Any]) -> dict[str, Any]:
+def environment_variables(group: dict[str, Any]) -> Mapping[str, Any]:
     """Return the environment of a group's first container, in which Ray runs.
 
     Name to value; None if the value comes from elsewhere, such as a secret.

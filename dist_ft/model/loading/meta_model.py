@@ -24,7 +24,7 @@ from dist_ft.core.errors import MAX_LINE, ModelError, StorageError
 from dist_ft.core.logs import redact
 from dist_ft.model.adapters import tuning
 from dist_ft.model.loading.load import build_uninitialized_model
-from dist_ft.model.trainable_model import TrainableModel
+from dist_ft.model.trainable_model import Inputs, TrainableModel
 from dist_ft.pretrained import folder_files
 from dist_ft.storage import filesystem
 from dist_ft.storage.documents import MAX_BYTES
@@ -194,7 +194,7 @@ class BareModel(TrainableModel):
     The memory of a task's own loss is small next to theirs.
     """
 
-    def prepare_inputs(self, batch: Any, device: torch.device | str) -> dict[str, Any]:
+    def prepare_inputs(self, batch: Any, device: torch.device | str) -> Inputs:
         """Return the token ids of `batch`, for both sides of an encoder-decoder."""
         import torch
 

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TypedDict
 
 from dist_ft.config.schema import RunConfig
 from dist_ft.core.errors import ConfigError, StorageError, WorkerError
@@ -38,6 +39,31 @@ NODE = "DIST_FT_NODE"
 """Environment variable by which a supervisor gives its process the name of the node."""
 SLOW_FACTOR = 2.0
 """A pair this many times slower than the fastest quarter of pairs is slow."""
+
+
+class NetworkDocument(TypedDict):
+    """The content of network.json: the fields of `NetworkReport`."""
+
+    world_size: int
+    nodes: list[str]
+    machines: list[NodeDescription]
+    sums: list[dict[str, float]]
+    links: list[dict[str, float]]
+    slow: list[str]
+    seconds: float
+    backend: str
+
+
+class PublicNetwork(TypedDict):
+    """What a report that others see says of the network: nodes are numbers."""
+
+    world_size: int
+    sums: list[dict[str, float]]
+    links: list[dict[str, float]]
+    slow: list[str]
+    seconds: float
+    backend: str
+    num_nodes: int
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dist_ft.core.world import World
 from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.planning import memory
 from dist_ft.planning.batch import batch_arithmetic
+from dist_ft.runtime.bootstrap import devices
 from dist_ft.runtime.bootstrap.build_data import Loaders, TrainingLoader
 from dist_ft.training.console import format_table
 from dist_ft.training.result import Result
@@ -52,6 +53,7 @@ def at_start(
             f"{num_trainable:,} trainable{_tuning_method(config)}",
         ),
         *_task_row(run.task),
+        ("device", devices.describe_device(config, world.num_ranks)),
         ("engine", f"{engine}, {model.dtype}, attention {model.attention}"),
         (
             "world",

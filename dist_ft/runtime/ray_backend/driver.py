@@ -38,6 +38,7 @@ from dist_ft.runtime.elastic.supervisor import (
 )
 from dist_ft.runtime.local import stop_on_signal
 from dist_ft.runtime.ray_backend import implicit_uploads, local_cluster
+from dist_ft.runtime.ray_backend.gpu_watch import GpuWatch
 from dist_ft.runtime.ray_backend.health import HealthWatch
 from dist_ft.runtime.ray_backend.left_out_nodes import NodeExclusion, earlier_failures
 from dist_ft.runtime.ray_backend.metrics import RunGauges
@@ -98,7 +99,10 @@ def _run(config: RunConfig, monitor: RunMonitor) -> Result:
         try:
             trainer = create_trainer(config, name, _worker)
             watches = _Watches(
-                HealthWatch(monitor), NodeWatch(ray), _node_exclusion(ray, config, coordinator)
+                HealthWatch(monitor),
+                NodeWatch(ray),
+                _node_exclusion(ray, config, coordinator),
+                GpuWatch(ray, config),
             )
             failure = _fit(config, coordinator, trainer, watches)
 
@@ -215,9 +219,11 @@ class _Watches:
     health: HealthWatch
     nodes: NodeWatch
     exclusion: NodeExclusion
+    gpus: GpuWatch
 
     def check(self, config: RunConfig, coordinator: ActorClient) -> None:
         """Look once."""
+        self.gpus.check(coordinator.rank_0_silent_s() is not None)
         self.health.check(coordinator.health())
         if config.cluster.exclude_node_after:
             failures = coordinator.take_node_failures()
