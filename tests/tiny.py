@@ -50,7 +50,7 @@ TEMPLATE = (
 )
 
 
-def make_model(folder: Path, dropout: float = 0.1) -> Path:
+def make_model(folder: Path, dropout: float = 0.1, positions: int = 64) -> Path:
     """Write model and tokenizer to `folder` and return it."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -71,7 +71,7 @@ def make_model(folder: Path, dropout: float = 0.1) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(fast),
-        n_positions=64,
+        n_positions=positions,
         n_embd=32,
         n_layer=2,
         n_head=2,
