@@ -17,7 +17,7 @@ import tiny
 import torch
 import yaml
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 OTHER_JOB = """
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
