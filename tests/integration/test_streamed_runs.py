@@ -46,13 +46,9 @@ def write_rows(folder: Path, count: int, seed: int) -> None:
 def document(base: Path, name: str, **changes: Any) -> dict[str, Any]:
     """Return a run of two lanes over a stream."""
     data = {"train": str(base / "large" / "*.jsonl"), "overlong": "truncate", "bad_rows": "skip"}
-    config = tiny.config(
-        base,
-        name,
-        schedule={"epochs": None, "steps": STEPS},
-        checkpoint={"every_steps": 4},
-        **changes,
-    )
+    checkpoint = {"every_steps": 4, "background": False}
+    config = tiny.config(base, name, checkpoint=checkpoint, **changes)
+    config["schedule"] = {**config["schedule"], "epochs": None, "steps": STEPS}
     config["data"] = {**config["data"], **data, **changes.get("data", {})}
     config["batch"] = {"global_batch": 4, "micro_batch": 2, "sequence_length": 32}
     config["evaluation"] = {}
@@ -66,7 +62,9 @@ def unbroken(base: Path) -> Path:
 
 
 def test_the_run_streams_and_says_so(base: Path, unbroken: Path, capsys: Any) -> None:
-    local.run(load_config(document(base, "shown", schedule={"steps": 1, "epochs": None})))
+    config = document(base, "shown")
+    config["schedule"]["steps"] = 3
+    local.run(load_config(config))
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(r"data streamed, 0\.00 GB in \d+ blocks", text)
     stored = sorted(path.name for path in (unbroken / "data").iterdir())
