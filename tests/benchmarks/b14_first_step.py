@@ -29,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SIZES = {"2 MB": 2_000_000, "200 MB": 200_000_000, "20 GB": 20_000_000_000}
 TIMEOUT_S = 600
 REPEATED_BYTES = 1_000_000
-PARQUET_BYTES = 2_000_000
+SMALL_PARQUET_BYTES = 2_000_000
+PARQUET_BYTES = 20_000_000
 
 
 def main() -> None:
@@ -74,15 +75,15 @@ def make_inputs(folder: Path) -> None:
     (folder / "rows.jsonl").write_text("".join(lines))
 
     rows = [json.loads(line) for line in lines]
-    repeated = rows * (PARQUET_BYTES // REPEATED_BYTES)
-    table = pyarrow.Table.from_pylist(repeated)
-    pyarrow.parquet.write_table(
-        table,
-        folder / "rows.parquet",
-        row_group_size=2000,
-        compression="none",
-        use_dictionary=False,
-    )
+    for name, num_bytes in (("small", SMALL_PARQUET_BYTES), ("rows", PARQUET_BYTES)):
+        table = pyarrow.Table.from_pylist(rows * (num_bytes // REPEATED_BYTES))
+        pyarrow.parquet.write_table(
+            table,
+            folder / f"{name}.parquet",
+            row_group_size=2000,
+            compression="none",
+            use_dictionary=False,
+        )
 
 
 def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], int]:
@@ -169,7 +170,7 @@ def config(kind: str, size: int, folder: Path, port: int) -> dict[str, Any]:
         "run": {"name": "first", "storage": str(folder / "runs"), "seed": 1},
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {
-            "train": f"s3://virtual/{size}/*.{kind}",
+            "train": f"s3://virtual/{kind}/{size}/*.{kind}",
             "format": "text",
             "overlong": "truncate",
             "bad_rows": "skip",

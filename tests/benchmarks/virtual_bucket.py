@@ -2,8 +2,9 @@
 
     python tests/benchmarks/virtual_bucket.py PORT FOLDER
 
-Bucket `virtual` holds `SIZE/part-N.SUFFIX` for any total SIZE in bytes: JSON Lines repeat the lines
-of FOLDER/rows.jsonl up to the size, Parquet shards are all FOLDER/rows.parquet. Supports GET with a
+Bucket `virtual` holds `SUFFIX/SIZE/part-N.SUFFIX` for any total SIZE in bytes: JSON Lines repeat the lines
+of FOLDER/rows.jsonl up to the size, Parquet shards
+are all FOLDER/rows.parquet (FOLDER/small.parquet in data sets smaller than that). Supports GET with a
 range, HEAD, and listings with pages. `GET /counts` returns and resets what was requested: kind ->
 [requests, bytes].
 """
@@ -14,6 +15,7 @@ import json
 import re
 import sys
 from collections import defaultdict
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
@@ -24,7 +26,7 @@ from xml.sax.saxutils import escape
 BUCKET = "virtual"
 SHARD_BYTES = 25_000_000
 PAGE = 1000
-_KEY = re.compile(r"(\d+)/part-(\d+)\.(jsonl|parquet)")
+_KEY = re.compile(r"(jsonl|parquet)/(\d+)/part-(\d+)\.\1")
 
 
 class Bucket:
@@ -33,17 +35,21 @@ class Bucket:
     Attributes:
         lines: content that JSON Lines shards repeat; ends with a line break.
         parquet: content of every Parquet shard.
+        small_parquet: that of smaller data sets.
     """
 
     def __init__(self, folder: Path) -> None:
         self.lines = (folder / "rows.jsonl").read_bytes()
         self.parquet = (folder / "rows.parquet").read_bytes()
+        self.small_parquet = (folder / "small.parquet").read_bytes()
 
-    def keys(self, total: int, suffix: str) -> list[tuple[str, int]]:
-        """Return (key, bytes) of the shards of a data set of `total` bytes."""
+        self.sizes = lru_cache(16)(self._sizes)
+
+    def _sizes(self, total: int, suffix: str) -> dict[str, int]:
+        """Return the bytes of each shard of a data set of `total` bytes, by key in order."""
         if suffix == "parquet":
-            count = max(1, round(total / len(self.parquet)))
-            sizes = [len(self.parquet)] * count
+            content = self._parquet_of(total)
+            sizes = [len(content)] * max(1, round(total / len(content)))
         else:
             # whole repetitions only, so that every shard ends with a line
             repetitions = max(1, round(total / len(self.lines)))
@@ -52,12 +58,15 @@ class Bucket:
             while repetitions:
                 sizes.append(min(per_shard, repetitions) * len(self.lines))
                 repetitions -= min(per_shard, repetitions)
-        return [(f"{total}/part-{n:07d}.{suffix}", size) for n, size in enumerate(sizes)]
+        return {f"{suffix}/{total}/part-{n:07d}.{suffix}": size for n, size in enumerate(sizes)}
 
-    def read(self, suffix: str, start: int, stop: int) -> bytes:
-        """Return the bytes [start, stop) of a shard."""
+    def _parquet_of(self, total: int) -> bytes:
+        return self.small_parquet if total < len(self.parquet) else self.parquet
+
+    def read(self, total: int, suffix: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of a shard of a data set of `total` bytes."""
         if suffix == "parquet":
-            return self.parquet[start:stop]
+            return self._parquet_of(total)[start:stop]
         offset = start % len(self.lines)
         count = -(-(offset + stop - start) // len(self.lines))
         return (self.lines * count)[offset : offset + stop - start]
@@ -98,15 +107,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _listing(self, query: dict[str, list[str]]) -> None:
         prefix = query.get("prefix", [""])[0]
-        match = re.match(r"(\d+)/", prefix)
+        match = re.match(r"(jsonl|parquet)/(\d+)/", prefix)
         self._count("list", 0)
-        shards: list[tuple[str, int]] = []
-        if match:
-            for suffix in ("jsonl", "parquet"):
-                shards += self.bucket.keys(int(match[1]), suffix)
-        shards = sorted(item for item in shards if item[0].startswith(prefix))
+        sizes = self.bucket.sizes(int(match[2]), match[1]) if match else {}
         after = query.get("continuation-token", query.get("start-after", [""]))[0]
-        shards = [item for item in shards if item[0] > after]
+        shards = [item for item in sizes.items() if item[0] > after and item[0].startswith(prefix)]
 
         page, rest = shards[:PAGE], shards[PAGE:]
         entries = "".join(
@@ -128,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
     def _object(self, has_body: bool) -> None:
         key = unquote(urlparse(self.path).path).strip("/").removeprefix(f"{BUCKET}/")
         match = _KEY.fullmatch(key)
-        sizes = dict(self.bucket.keys(int(match[1]), match[3])) if match else {}
+        sizes = self.bucket.sizes(int(match[2]), match[1]) if match else {}
         if key not in sizes or match is None:
             self._count("missing", 0)
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>" if has_body else b"")
@@ -141,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             start = int(requested[1])
             stop = min(size, int(requested[2]) + 1) if requested[2] else size
 
-        content = self.bucket.read(match[3], start, stop) if has_body else b""
+        content = self.bucket.read(int(match[2]), match[1], start, stop) if has_body else b""
         self._count("GET" if has_body else "HEAD", len(content))
         self.send_response(206 if requested else 200)
         self.send_header("ETag", f'"{size:x}"')
