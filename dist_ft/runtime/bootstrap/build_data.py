@@ -21,6 +21,7 @@ from dist_ft.data.blocks import index_builder, stream_file
 from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.stream_file import StreamDescription
 from dist_ft.data.encoding.chat import Encoder
+from dist_ft.data.sampling.stream_order import MIN_BLOCKS_PER_LANE, min_stream_bytes
 from dist_ft.data.sources.discovery import Shard, discover_shards
 from dist_ft.data.sources.shard_table import ShardTable
 from dist_ft.model.loading.download import cache_folder
@@ -120,6 +121,8 @@ def build_training_loader(
         return plan_stream(table, data.section, run.config.batch, checksum)
 
     planned = site.on_rank0(list_and_plan)
+    if planned is None and run.config.data.order == "streamed":
+        raise _no_stream(run.config)
     if planned is None:
         shards_by_source = site.on_rank0(lambda: listings[0])
         return load_index(run, data, shards_by_source, site, INDEX)
@@ -190,6 +193,20 @@ def _require_order(config: RunConfig, order: str) -> None:
                 f"change. Set data.order={order} or auto, or start a run with another run.name."
             ]
         )
+
+
+def _no_stream(config: RunConfig) -> ConfigError:
+    """Return the error for data of which no source can be streamed."""
+    num_bytes = min_stream_bytes(config.num_lanes, config.batch.sequence_length)
+    return ConfigError(
+        [
+            "data.order=streamed: no source can be streamed. Allowed: sources of at least "
+            f"{num_bytes / 1e6:,.1f} MB (for {config.num_lanes} lanes of "
+            f"{config.batch.sequence_length} tokens), in .jsonl or .parquet shards of any size, or "
+            f"in at least {MIN_BLOCKS_PER_LANE * config.num_lanes} other shards up to "
+            "data.block_mib. Set data.order=auto."
+        ]
+    )
 
 
 def _may_stream(config: RunConfig) -> bool:
