@@ -252,7 +252,7 @@ class Store:
     def _call(self, verb: str, path: str, action: Callable[[Any, str], Any]) -> Any:
         place = f"{verb}.{path.split('/', 1)[0]}"  # such as write.attempts
         fault_injection.hit(f"storage.before_{place}")
-        result = _attempt(verb, self.full_url(path), action)
+        result = attempt(verb, self.full_url(path), action)
         fault_injection.hit(f"storage.after_{place}")
         return result
 
@@ -272,7 +272,7 @@ def _require_complete(content: Any, start: int | None, stop: int | None, is_own_
     return content
 
 
-def _attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
+def attempt(verb: str, url: str, action: Callable[[Any, str], Any]) -> Any:
     """Return `action(filesystem, path)` of `url`, with retries; raises StorageError."""
 
     def connect_and_act() -> Any:
@@ -351,12 +351,12 @@ def glob(url: str) -> dict[str, FileInfo]:
             infos[file_url] = listing.file_info(info)
         return infos
 
-    return _attempt("list", url, find)
+    return attempt("list", url, find)
 
 
 def stat(url: str) -> FileInfo:
     """Return size and version of a file; see `glob`."""
-    return _attempt("read", url, lambda fs, path: listing.file_info(fs.info(path)))
+    return attempt("read", url, lambda fs, path: listing.file_info(fs.info(path)))
 
 
 def arrow_filesystem(url: str) -> FilesystemPath:

@@ -119,7 +119,7 @@ def _match_pattern(fs: Any, path: str) -> Infos:
 
     if "**" in path:
         # Any depth may match, so one recursive listing costs least.
-        return {name: info for name, info in below(fs, root).items() if _matches(name, path)}
+        return {name: info for name, info in below(fs, root).items() if matches(name, path)}
 
     infos: Infos = {root: {"type": "directory"}}
     for component in components[first:]:
@@ -134,7 +134,7 @@ def _match_pattern(fs: Any, path: str) -> Infos:
     return infos
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """Whether a path matches a pattern in which `**` stands for any number of folders."""
     return _components_match(name.split("/"), pattern.split("/"))
 
@@ -182,9 +182,14 @@ def _files(infos: Infos) -> Infos:
     return files
 
 
+def is_visible(name: str) -> bool:
+    """Whether a file of this name is not one that is still being written."""
+    return not name.startswith(local_files.HIDDEN)
+
+
 def _visible(paths: Iterable[str]) -> list[str]:
     """Return `paths` without files that are still being written."""
-    return [path for path in paths if not posixpath.basename(path).startswith(local_files.HIDDEN)]
+    return [path for path in paths if is_visible(posixpath.basename(path))]
 
 
 def file_info(info: Mapping[str, Any]) -> FileInfo:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -20,7 +20,8 @@ from dist_ft.core.logs import redact
 from dist_ft.core.printable import printable_line, shorten
 from dist_ft.core.redaction import holds_secret
 from dist_ft.data.sources import hub
-from dist_ft.storage import filesystem
+from dist_ft.storage import filesystem, glob_pages
+from dist_ft.storage.listing import FileInfo
 
 Row = dict[str, Any]
 ShardKind = Literal["jsonl", "parquet", "arrow", "csv", "text", "hub"]
@@ -105,27 +106,35 @@ def discover_shards(
         DataError: a source matches nothing, holds a credential or has an unknown suffix; a file is
             empty; or two sources contain the same shard.
     """
-    shards_of_sources: list[tuple[Shard, ...]] = []
+    return tuple(tuple(shards) for shards in iter_shards(sources, field))
+
+
+def iter_shards(sources: Sequence[Source], field: str = "data.train") -> Iterator[Iterator[Shard]]:
+    """Yield an iterator over the shards of each of `sources`, to be consumed in this order.
+
+    Few shards are in memory at a time. Raises what `discover_shards` raises, where it is found.
+    """
+    # A listing names no file twice, but globs of two sources may overlap.
+    seen = _SeenShards(field) if len(sources) > 1 else None
     for source in sources:
-        field_value = f"{field}={printable_line(redact(source.path))}"
+        shards = _shards_of(source, field)
+        yield shards if seen is None else seen.check(shards)
 
-        # URLs are stored in the index of the run.
-        if holds_secret(source.path):
-            raise DataError(
-                f"{field_value}: holds a credential. Credentials are not allowed in a config. Set "
-                "it in the environment."
-            )
 
-        if is_hub_name(source.path):
-            shards = _hub_shards(source, field_value)
-        else:
-            shards = _file_shards(source.path, field_value)
+def _shards_of(source: Source, field: str) -> Iterator[Shard]:
+    field_value = f"{field}={printable_line(redact(source.path))}"
 
-        shards_of_sources.append(shards)
+    # URLs are stored in the index of the run.
+    if holds_secret(source.path):
+        raise DataError(
+            f"{field_value}: holds a credential. Credentials are not allowed in a config. Set it "
+            "in the environment."
+        )
 
-    # over all sources: globs of two of them may overlap
-    _refuse_duplicates([shard for shards in shards_of_sources for shard in shards], field)
-    return tuple(shards_of_sources)
+    if is_hub_name(source.path):
+        yield from _hub_shards(source, field_value)
+    else:
+        yield from _file_shards(source.path, field_value)
 
 
 def is_hub_name(path: str) -> bool:
@@ -204,50 +213,60 @@ def _hub_shards(source: Source, field_value: str) -> tuple[Shard, ...]:
     return tuple(Shard(found.url, "hub", found.num_rows, found.version) for found in row_ranges)
 
 
-def _file_shards(path: str, field_value: str) -> tuple[Shard, ...]:
-    """Return the shards of a file, glob or folder; other files of a folder are ignored."""
-    # names that start so are of metadata: _SUCCESS, _complete, .part files
-    listing = filesystem.glob(path)
-    urls = [url for url in listing if not posixpath.basename(url).startswith((".", "_"))]
-    if not urls:
+def _file_shards(path: str, field_value: str) -> Iterator[Shard]:
+    """Yield the shards of a file, glob or folder; other files of a folder are ignored."""
+    is_glob = any(char in path for char in "*?[")
+    is_folder = _kind_by_suffix(path) is None and not is_glob
+    first_unknown = ""
+    found_any = False
+
+    for page in glob_pages.iter_glob(path):
+        for url, info in page.items():
+            # names that start so are of metadata: _SUCCESS, _complete, .part files
+            if posixpath.basename(url).startswith((".", "_")):
+                continue
+
+            # A folder may hold a README next to its shards. A glob names each file, so that an
+            # unknown one is a mistake.
+            kind = _kind_by_suffix(url)
+            if kind is None:
+                first_unknown = first_unknown or url
+                if not is_folder:
+                    raise _unknown_suffix(url, field_value)
+                continue
+
+            found_any = True
+            yield _file_shard(url, kind, info, field_value)
+
+    if first_unknown and not found_any:
+        raise _unknown_suffix(first_unknown, field_value)
+    if not found_any:
         raise DataError(
             f"{field_value}: matches no file. It must be a file, folder, glob or URL of "
             f"{_ALLOWED_SUFFIXES} shards, or the name of a Hugging Face dataset. Check the path."
         )
 
-    # A folder may hold a README next to its shards. A glob names each file, so that an unknown one
-    # is a mistake.
-    unknown = [url for url in urls if _kind_by_suffix(url) is None]
-    is_glob = any(char in path for char in "*?[")
-    is_folder = _kind_by_suffix(path) is None and not is_glob
-    if len(unknown) == len(urls) or (unknown and not is_folder):
+
+def _file_shard(url: str, kind: ShardKind, info: FileInfo, field_value: str) -> Shard:
+    name = printable_line(redact(url))
+    if not _is_utf8(url):
         raise DataError(
-            f"{field_value}: {printable_line(redact(unknown[0]))} has an unknown suffix. Allowed "
-            f"are {_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes "
-            "it."
+            f"{field_value}: the name of the shard {name} is not UTF-8. Indexes and ledgers store "
+            "names as text. Rename it."
         )
+    if not info["size"]:
+        raise DataError(
+            f"{field_value}: the shard {name} is empty. Each shard must hold at least one row. "
+            "Remove or fill it."
+        )
+    return Shard(url, kind, info["size"], info["version"])
 
-    shards = []
-    for url in urls:
-        kind = _kind_by_suffix(url)
-        if kind is None:
-            continue
 
-        name = printable_line(redact(url))
-        if not _is_utf8(url):
-            raise DataError(
-                f"{field_value}: the name of the shard {name} is not UTF-8. Indexes and ledgers "
-                "store names as text. Rename it."
-            )
-        if not listing[url]["size"]:
-            raise DataError(
-                f"{field_value}: the shard {name} is empty. Each shard must hold at least one row. "
-                "Remove or fill it."
-            )
-
-        shards.append(Shard(url, kind, listing[url]["size"], listing[url]["version"]))
-
-    return tuple(shards)
+def _unknown_suffix(url: str, field_value: str) -> DataError:
+    return DataError(
+        f"{field_value}: {printable_line(redact(url))} has an unknown suffix. Allowed are "
+        f"{_ALLOWED_SUFFIXES}. Rename or convert the file, or write a glob that excludes it."
+    )
 
 
 def _is_utf8(name: str) -> bool:
@@ -259,14 +278,23 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _refuse_duplicates(shards: Sequence[Shard], field: str) -> None:
-    """Refuse a shard that two sources contain."""
-    urls: set[str] = set()
-    for shard in shards:
-        if shard.url in urls:
-            raise DataError(
-                f"{field}: the shard {printable_line(shard.url)} is listed twice. Each sample "
-                "counts once per epoch. Remove the source that overlaps."
-            )
+class _SeenShards:
+    """The shards of several sources so far, as checksums of their URLs."""
 
-        urls.add(shard.url)
+    def __init__(self, field: str) -> None:
+        self._field = field
+        self._checksums: set[int] = set()
+
+    def check(self, shards: Iterator[Shard]) -> Iterator[Shard]:
+        """Yield shards; refuse one that a source before contains."""
+        import xxhash
+
+        for shard in shards:
+            checksum = xxhash.xxh3_64_intdigest(shard.url.encode())
+            if checksum in self._checksums:
+                raise DataError(
+                    f"{self._field}: the shard {printable_line(shard.url)} is listed twice. Each "
+                    "sample counts once per epoch. Remove the source that overlaps."
+                )
+            self._checksums.add(checksum)
+            yield shard

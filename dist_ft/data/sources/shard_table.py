@@ -8,7 +8,8 @@ n is the number of shards of a source.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,14 +34,14 @@ class ShardStart(NamedTuple):
     start: int
 
 
-def write_table(path: Path, shards_by_source: Sequence[Sequence[Shard]]) -> None:
-    """Write the shards of each source to a file."""
+def write_table(path: Path, shards_by_source: Iterable[Iterable[Shard]]) -> None:
+    """Write the shards of each source to a file; few at a time are in memory."""
     import pyarrow
 
     with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, _schema()) as writer:
         for source, shards in enumerate(shards_by_source):
-            for first in range(0, len(shards), BATCH_SHARDS):
-                batch = shards[first : first + BATCH_SHARDS]
+            remaining = iter(shards)
+            while batch := list(itertools.islice(remaining, BATCH_SHARDS)):
                 columns = {
                     "source": [source] * len(batch),
                     "url": [shard.url for shard in batch],
@@ -49,6 +50,32 @@ def write_table(path: Path, shards_by_source: Sequence[Sequence[Shard]]) -> None
                     "version": [shard.version for shard in batch],
                 }
                 writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, _schema()))
+
+
+def check_table(path: Path) -> None:
+    """Check all values of a table that comes from a run's folder.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    import pyarrow
+
+    try:
+        # Read and not mapped: what is mapped counts as memory of the process.
+        with pyarrow.OSFile(str(path), "rb") as source:
+            reader = pyarrow.ipc.open_file(source)
+            for number in range(reader.num_record_batches):
+                reader.get_batch(number).validate(full=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{path.name}: the table of shards is damaged ({first_line}). Restore it from a copy; "
+        "without it the run cannot continue."
+    )
 
 
 class ShardTable:
@@ -66,18 +93,13 @@ class ShardTable:
             self._table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path), "r")).read_all()
             if self._table.schema != _schema():
                 raise ValueError(f"columns {self._table.schema.names}")
-            self._table.validate(full=True)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            first_line = str(error).splitlines()[0]
-            raise DataError(
-                f"{path}: the table of shards is damaged ({first_line}). Remove the file; it is "
-                "copied from the run again."
-            ) from error
+            raise _damaged(path, error) from error
 
         sources = self._table.column("source").to_numpy()
         sizes = self._table.column("size").to_numpy()
         if (sizes < 0).any() or (np.diff(sources) < 0).any():
-            raise DataError(f"{path}: the table of shards is damaged. Remove the file.")
+            raise _damaged(path, ValueError("sizes or order of sources"))
 
         num_sources = int(sources.max(initial=-1)) + 1
         self._first = np.searchsorted(sources, np.arange(num_sources + 1))

@@ -22,7 +22,7 @@ from dist_ft.data.blocks.block_store import BlockStore
 from dist_ft.data.blocks.stream_file import StreamDescription
 from dist_ft.data.encoding.chat import Encoder
 from dist_ft.data.sampling.stream_order import MIN_BLOCKS_PER_LANE, min_stream_bytes
-from dist_ft.data.sources.discovery import Shard, discover_shards
+from dist_ft.data.sources.discovery import discover_shards, iter_shards
 from dist_ft.data.sources.shard_table import ShardTable
 from dist_ft.model.loading.download import cache_folder
 from dist_ft.model.loading.load import load_tokenizer
@@ -111,20 +111,21 @@ def build_training_loader(
         return _build_loader(run, data, site)
 
     # One rank lists and all use its listing, so that no two ranks see different shards.
-    listings: list[tuple[tuple[Shard, ...], ...]] = []
     folder = cache_folder(run.config.data.cache_dir, "shards")
 
+    tables: list[ShardTable] = []
+
     def list_and_plan() -> StreamDescription | None:
-        listings.append(discover_shards(data.section.train, data.field))
-        checksum = write_shards(listings[0], folder)
-        table = ShardTable(folder / f"{checksum}{SUFFIX}")
-        return plan_stream(table, data.section, run.config.batch, checksum)
+        checksum = write_shards(iter_shards(data.section.train, data.field), folder)
+        tables.append(ShardTable(folder / f"{checksum}{SUFFIX}"))
+        return plan_stream(tables[0], data.section, run.config.batch, checksum)
 
     planned = site.on_rank0(list_and_plan)
     if planned is None and run.config.data.order == "streamed":
         raise _no_stream(run.config)
     if planned is None:
-        shards_by_source = site.on_rank0(lambda: listings[0])
+        sources = range(len(data.section.train))
+        shards_by_source = site.on_rank0(lambda: [tuple(tables[0].iter_source(s)) for s in sources])
         return load_index(run, data, shards_by_source, site, INDEX)
 
     site.on_rank0(lambda: store_shards(store, STREAM, folder, planned.table))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from dist_ft.core import scratch
 from dist_ft.core.errors import DataError
 from dist_ft.data.sources.discovery import Shard
-from dist_ft.data.sources.shard_table import ShardTable, write_table
+from dist_ft.data.sources.shard_table import ShardTable, check_table, write_table
 from dist_ft.storage import local_files
 from dist_ft.storage.filesystem import Store
 
 SUFFIX = ".arrow"
 
 
-def write_shards(shards_by_source: Sequence[Sequence[Shard]], folder: Path) -> str:
+def write_shards(shards_by_source: Iterable[Iterable[Shard]], folder: Path) -> str:
     """Write the table of a listing into a node's folder; return its checksum."""
     with scratch.new_file(folder / "listing") as temporary:
         write_table(temporary.path, shards_by_source)
@@ -54,6 +54,7 @@ def _copy(store: Store, name: str, path: Path, checksum: str) -> None:
                 f"{url}: the table of the run's shards {problem}. Restore it from a copy; without "
                 "it the run cannot continue."
             )
+        check_table(copied)
         copied.rename(path)
 
 
