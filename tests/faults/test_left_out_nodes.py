@@ -125,7 +125,8 @@ def test_node_that_failed_twice_is_replaced_by_another(base: Path) -> None:
     assert f"node {name} failed 2 times within a day (crash, crash; " in output
     assert output.count("it is left out, and gets no more workers") == 1
     crashes = [end for end in ends(run) if "crash (by SIGSEGV)" in end]
-    assert len(crashes) == 2 and all(f"on node {name}:" in end for end in crashes)
+    # the second crash may be noted only by leaving the node out
+    assert len(crashes) in (1, 2) and all(f"on node {name}:" in end for end in crashes)
     assert ends(run)[-1].startswith("planned: ") and f"on node {name} is left out" in ends(run)[-1]
     assert nodes.world_sizes(run)[-1] == 2
     assert name not in json.loads((run / "network.json").read_text())["nodes"]
