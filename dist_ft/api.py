@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from dist_ft.config.credentials import credential_problems, require_no_credentials
 from dist_ft.config.schema import RunConfig
@@ -21,6 +21,7 @@ from dist_ft.config.task_facts import task_class
 from dist_ft.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dist_ft.data.batching.loader import Loader
     from dist_ft.inference.predict_folder import WrittenPredictions
     from dist_ft.runs.model_card import BeforeAfter
     from dist_ft.runs.report import Report
@@ -55,28 +56,20 @@ def preview(config: RunConfig, num_samples: int = 3, *, markup: bool = False) ->
         num_samples: number of samples to show.
         markup: mark target tokens with markup of the `rich` library instead of [[ ]].
     """
-    from dist_ft.data.batching.loader import Loader
-    from dist_ft.data.tools import preview as preview_tools
-    from dist_ft.data.tools import stream_preview
+    from dist_ft.data.tools.stream_preview import preview_any
 
     with _open_training_loader(config) as loader:
-        if isinstance(loader, Loader):
-            return preview_tools.preview(loader, num_samples, markup)
-        return stream_preview.preview_stream(loader, num_samples, markup)
+        return preview_any(loader, num_samples, markup)
 
 
 def pack_stats(config: RunConfig) -> str:
     """Return a table of packing efficiency at half, once and twice batch.sequence_length."""
-    from dist_ft.data.batching.loader import Loader
     from dist_ft.data.tools import preview as preview_tools
 
     # Other lengths cut other slices, so the table is of the indexed order.
-    indexed = config.model_copy(
-        update={"data": config.data.model_copy(update={"order": "indexed"})}
-    )
-    with _open_training_loader(indexed) as loader:
-        assert isinstance(loader, Loader)
-        return preview_tools.pack_stats(loader)
+    data = config.data.model_copy(update={"order": "indexed"})
+    with _open_training_loader(config.model_copy(update={"data": data})) as loader:
+        return preview_tools.pack_stats(cast("Loader", loader))
 
 
 def write_data(

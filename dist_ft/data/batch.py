@@ -61,16 +61,16 @@ class BadRows(NamedTuple):
     """Rows that could not be used.
 
     Attributes:
-        count: their number.
+        num_rows: their number.
         first: what was wrong with the first of them; "" without any.
     """
 
-    count: int = 0
+    num_rows: int = 0
     first: str = ""
 
     def plus(self, other: BadRows) -> BadRows:
         """Return these rows and later ones."""
-        return BadRows(self.count + other.count, self.first or other.first)
+        return BadRows(self.num_rows + other.num_rows, self.first or other.first)
 
 
 def empty_batch(lane: int = -1, length: int = 8) -> Batch:

@@ -163,7 +163,7 @@ class Trainer:
             self._context.should_stop(),
             self._context.should_save(),
             stopping.is_limit_reached(components),
-            bad_rows.count,
+            bad_rows.num_rows,
             *save_flags,
             *self._sources.count(batches),
         ]

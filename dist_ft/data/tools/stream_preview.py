@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from dist_ft.data.batching.loader import Loader
 from dist_ft.data.batching.stream_loader import StreamLoader
 from dist_ft.data.blocks.segments import split_into_segments
 from dist_ft.data.blocks.slices import first_sample
 from dist_ft.data.sampling.packing import group_into_sequences
-from dist_ft.data.tools.preview import ShownSegment, format_segment
+from dist_ft.data.tools.preview import ShownSegment, format_segment, preview
 
 MEASURED_SLICES = 16
 """Slices that statistics are computed of, spread evenly over the stream."""
+
+
+def preview_any(loader: Loader | StreamLoader, num_samples: int = 3, markup: bool = False) -> str:
+    """Return `preview` of an indexed data set, or `preview_stream` of a stream."""
+    if isinstance(loader, StreamLoader):
+        return preview_stream(loader, num_samples, markup)
+    return preview(loader, num_samples, markup)
 
 
 def preview_stream(loader: StreamLoader, num_samples: int = 3, markup: bool = False) -> str:
