@@ -4,7 +4,8 @@
 
 Bucket `virtual` holds `SUFFIX/SIZE/part-N.SUFFIX` for any total SIZE in bytes: JSON Lines repeat the lines
 of FOLDER/rows.jsonl up to the size, Parquet shards
-are all FOLDER/rows.parquet (FOLDER/small.parquet in data sets smaller than that). Supports GET with a
+are all FOLDER/rows.parquet (FOLDER/small.parquet in data sets smaller than that). `list/COUNT/` holds
+COUNT keys that can only be listed. Supports GET with a
 range, HEAD, and listings with pages. `GET /counts` returns and resets what was requested: kind ->
 [requests, bytes].
 """
@@ -14,12 +15,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, unquote, urlparse
 from xml.sax.saxutils import escape
 
@@ -72,6 +75,19 @@ class Bucket:
         return (self.lines * count)[offset : offset + stop - start]
 
 
+class ListedKeys(Sequence[str]):
+    """The keys of `list/COUNT/`, in order, which take no memory."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        return f"list/{self._count}/part-{number:07d}.jsonl"
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers requests."""
 
@@ -107,13 +123,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _listing(self, query: dict[str, list[str]]) -> None:
         prefix = query.get("prefix", [""])[0]
-        match = re.match(r"(jsonl|parquet)/(\d+)/", prefix)
+        most = int(query.get("max-keys", [str(PAGE)])[0])
+        match = re.match(r"(jsonl|parquet|list)/(\d+)/", prefix)
         self._count("list", 0)
-        sizes = self.bucket.sizes(int(match[2]), match[1]) if match else {}
-        after = query.get("continuation-token", query.get("start-after", [""]))[0]
-        shards = [item for item in sizes.items() if item[0] > after and item[0].startswith(prefix)]
+        keys: Sequence[str] = []
+        sizes: dict[str, int] = {}
+        if match and match[1] == "list":
+            keys = ListedKeys(int(match[2]))
+        elif match:
+            sizes = self.bucket.sizes(int(match[2]), match[1])
+            keys = list(sizes)
 
-        page, rest = shards[:PAGE], shards[PAGE:]
+        after = query.get("continuation-token", query.get("start-after", [""]))[0]
+        first = max(bisect_left(keys, prefix), bisect_right(keys, after))
+        stop = bisect_left(keys, prefix + "\U0010ffff")
+        page = [(keys[n], sizes.get(keys[n], 1000)) for n in range(first, min(stop, first + most))]
+        rest = stop > first + most
         entries = "".join(
             f"<Contents><Key>{escape(key)}</Key><LastModified>2026-01-01T00:00:00.000Z"
             f"</LastModified><ETag>&quot;{size:x}&quot;</ETag><Size>{size}</Size>"

@@ -14,7 +14,7 @@ from dist_ft.checkpoint.discovery import start_attempt
 from dist_ft.checkpoint.manager import CheckpointManager
 from dist_ft.core.errors import StorageError
 from dist_ft.core.world import Collectives, World
-from dist_ft.storage import filesystem
+from dist_ft.storage import filesystem, glob_pages, s3_pages
 from dist_ft.storage.filesystem import Store
 
 pytest.importorskip("s3fs", reason="needs s3fs (the extra `s3`)")
@@ -145,3 +145,53 @@ def test_a_checkpoint_is_saved_and_restored(store):
     other = make_engine()
     manager.load(manager.find_latest(), other, tensors_of(other))
     assert train(other, range(2, 4)) == want
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "data",
+        "data/",
+        "data/part-*.jsonl",
+        "data/part-1?.jsonl",
+        "data/*/*.jsonl",
+        "data/**/*.jsonl",
+        "data/part-1[0-2].jsonl",
+        "data/odd[1].jsonl",
+        "data/part-03.jsonl",
+        "none",
+        "none/*",
+    ],
+)
+def test_pages_list_what_one_listing_lists(store, monkeypatch, pattern):
+    monkeypatch.setattr(s3_pages, "PAGE_KEYS", 5)
+    monkeypatch.setattr(s3_pages, "MAX_PAGES_IN_TURN", 2)
+    names = [f"part-{number:02d}.jsonl" for number in range(23)]
+    names += ["deep/a.jsonl", "deep/deeper/b.jsonl", "odd[1].jsonl", "_SUCCESS", ".tmp-x"]
+    for name in names:
+        store.write(f"data/{name}", name.encode())
+
+    url = store.full_url(pattern)
+    pages = list(glob_pages.iter_glob(url))
+    found = {name: info for page in pages for name, info in page.items()}
+    expected = filesystem.glob(url)
+    assert list(found.items()) == list(expected.items())
+    if pattern == "data":
+        assert len(pages) > 2 and len(found) == 27
+
+
+def test_a_page_that_fails_is_retried_by_itself(store, monkeypatch):
+    monkeypatch.setattr(s3_pages, "PAGE_KEYS", 2)
+    for number in range(9):
+        store.write(f"data/{number}.jsonl", b"x")
+    direct, calls = s3_pages.list_page, []
+
+    def failing(*values):
+        calls.append(values)
+        if len(calls) == 3:
+            raise ConnectionResetError("reset")
+        return direct(*values)
+
+    monkeypatch.setattr(s3_pages, "list_page", failing)
+    found = [name for page in glob_pages.iter_glob(store.full_url("data")) for name in page]
+    assert len(found) == 9

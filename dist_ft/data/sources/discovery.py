@@ -248,16 +248,15 @@ def _file_shards(path: str, field_value: str) -> Iterator[Shard]:
 
 
 def _file_shard(url: str, kind: ShardKind, info: FileInfo, field_value: str) -> Shard:
-    name = printable_line(redact(url))
     if not _is_utf8(url):
         raise DataError(
-            f"{field_value}: the name of the shard {name} is not UTF-8. Indexes and ledgers store "
-            "names as text. Rename it."
+            f"{field_value}: the name of the shard {printable_line(redact(url))} is not UTF-8. "
+            "Indexes and ledgers store names as text. Rename it."
         )
     if not info["size"]:
         raise DataError(
-            f"{field_value}: the shard {name} is empty. Each shard must hold at least one row. "
-            "Remove or fill it."
+            f"{field_value}: the shard {printable_line(redact(url))} is empty. Each shard must "
+            "hold at least one row. Remove or fill it."
         )
     return Shard(url, kind, info["size"], info["version"])
 
