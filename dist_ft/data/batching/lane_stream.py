@@ -36,7 +36,10 @@ class LaneStream(Protocol):
     cursor: Cursor
 
     def request(self) -> None:
-        """Start to tokenize what comes next; do not wait."""
+        """Start to tokenize what is drawn first; do not wait."""
+
+    def request_ahead(self) -> None:
+        """Start to tokenize what comes after that; do not wait."""
 
     def next(self) -> SequenceTokens:
         """Return the next sequence and advance the cursor."""
@@ -122,11 +125,18 @@ class SliceStream:
         self._data, self._batch = sections
         self._window: Window | None = None
         self._bad_rows = BadRows()
+        self._requested: Cursor | None = None
 
     def request(self) -> None:
         """Start to tokenize the window of the cursor; do not wait."""
-        if self._window is None:
-            self._store.request(self._numbers(self.cursor))
+        self._store.request(self._numbers(self.cursor))
+
+    def request_ahead(self) -> None:
+        """Start to tokenize the window after the cursor's; do not wait."""
+        window = self._order.next_window(self._lane, self.cursor)
+        if window != self._requested:
+            self._requested = window
+            self._store.request(self._numbers(window))
 
     def next(self) -> SequenceTokens:
         """Return the next sequence and advance the cursor."""
@@ -159,7 +169,7 @@ class SliceStream:
         return self._store.slices.numbers(self._source, own_numbers).tolist()
 
     def _load(self, cursor: Cursor) -> Window:
-        """Return the window of a cursor; the one after it is tokenized from now on."""
+        """Return the window of a cursor."""
         numbers = self._numbers(cursor)
         self._store.request(numbers).result()
 
@@ -185,7 +195,6 @@ class SliceStream:
             )
             self._store.add_facts(number, facts)
 
-        self._store.request(self._numbers(self._order.next_window(self._lane, cursor)))
         all_segments = np.concatenate(segments)  # (P, 4)
         return Window(numbers, blocks, all_segments, self._pack(all_segments[:, 3], cursor))
 
@@ -241,6 +250,10 @@ class IndexStream:
         self._loader = loader
 
     def request(self) -> None:
+        """Start to tokenize the block that is drawn first; do not wait."""
+        self._loader.store.request(self._ref().block)
+
+    def request_ahead(self) -> None:
         """Start to tokenize the blocks that come next; do not wait."""
         self._loader.request_ahead([self._ref()])
 
@@ -248,7 +261,6 @@ class IndexStream:
         """Return the next sequence and advance the cursor."""
         ref = self._ref()
         sequence = self._loader.sequence(ref)
-        self._loader.request_ahead([ref])
         self.cursor = self.cursor._replace(first=self.cursor.first + 1)
         return sequence
 

@@ -81,6 +81,7 @@ class StreamLoader:
         self._start_cursors: dict[tuple[int, int], Cursor] = {}
         self._cursors = np.zeros((0, len(CURSOR_COLUMNS)), dtype=np.int64)
         self._bad_rows = BadRows()
+        self._is_started = False
 
     def restore(self, step: int, cursors: np.ndarray) -> None:
         """Start from a checkpoint.
@@ -152,6 +153,7 @@ class StreamLoader:
     def _open(self, lanes: Sequence[int]) -> None:
         """Create the streams of the lanes, and let what each needs first be tokenized."""
         self._streams = {}
+        self._is_started = False
         for lane in lanes:
             for source in range(self._num_sources):
                 cursor = self._start_cursors.get((lane, source), Cursor())
@@ -164,6 +166,12 @@ class StreamLoader:
 
     def _build(self, step: int, lanes: Sequence[int]) -> _BuiltStep:
         """Return the batches of a step, which must follow the last one."""
+        # Not before the first step: what it needs must not wait behind what comes later.
+        if self._is_started:
+            for stream in self._streams.values():
+                stream.request_ahead()
+        self._is_started = True
+
         batches = []
         for lane in lanes:
             draws = self.plan.draws(step, lane)

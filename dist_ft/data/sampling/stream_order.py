@@ -30,6 +30,8 @@ BYTES_PER_TOKEN = 4
 """Bytes of text of a token, about."""
 MIN_BLOCKS_PER_LANE = 32
 """Blocks that a source gives each lane: fewer, and lanes would drift apart within an epoch."""
+MAX_WINDOW_SLICES = 32
+"""Slices of the largest window: a lane that resumes reads and tokenizes a whole window."""
 _CACHED_EPOCHS = 4
 
 
@@ -125,8 +127,9 @@ class StreamOrder:
         self.layout = layout
         self._num_lanes = num_lanes
         self._seed = seed
-        # All lanes together hold about `shuffle_blocks` blocks, in windows of equal size.
-        self._max_slices = max(1, layout.slices_per_block * shuffle_blocks // num_lanes)
+        # All lanes together hold at most `shuffle_blocks` blocks, in windows of equal size.
+        share = layout.slices_per_block * shuffle_blocks // num_lanes
+        self._max_slices = max(1, min(share, MAX_WINDOW_SLICES))
         self._blocks = lru_cache(_CACHED_EPOCHS)(self._compute_blocks)
 
     def num_slices(self, lane: int, epoch: int) -> int:
@@ -169,8 +172,13 @@ class StreamOrder:
 
     def _window_size(self, lane: int, cursor: Cursor) -> int:
         """Return the number of slices of a cursor's window."""
-        left = self.num_slices(lane, cursor.epoch) - cursor.first
-        return min(1 << cursor.doubling, self._max_slices, left)
+        size = min(1 << cursor.doubling, self._max_slices)
+
+        # Within a block a window is read by one request, so windows that fit into one stay in it.
+        slices_per_block = self.layout.slices_per_block
+        if self._max_slices <= slices_per_block:
+            return min(size, slices_per_block - cursor.first % slices_per_block)
+        return min(size, self.num_slices(lane, cursor.epoch) - cursor.first)
 
     def _compute_blocks(self, epoch: int) -> np.ndarray:
         """Return the order of the blocks in an epoch, int64 (N,)."""

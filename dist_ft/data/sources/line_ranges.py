@@ -14,6 +14,8 @@ from dist_ft.data.sources.line_reader import LongLine
 
 MAX_JOINED_BYTES = 16 * 2**20
 """Ranges are joined up to this size, which is in memory."""
+MARGIN_BYTES = 16 * 2**10
+"""Bytes read after a range, in which its last line usually ends: one request less."""
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -26,7 +28,8 @@ class RangeLines:
         self._max_row_bytes = max_row_bytes
         # the byte before shows whether a line starts at `start`
         self._first_byte = max(0, start - 1)
-        self._content = ranged_reads.read_range(shard.url, self._first_byte, stop)
+        last = min(shard.size, stop + MARGIN_BYTES) if stop < shard.size else stop
+        self._content = ranged_reads.read_range(shard.url, self._first_byte, last)
 
     def lines(self, part: ShardRange) -> Iterator[bytes | LongLine]:
         """Yield the lines that start in a range."""

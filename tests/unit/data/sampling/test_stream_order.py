@@ -77,13 +77,23 @@ def test_every_slice_comes_once_in_an_epoch(
 
 
 def test_windows_double_up_to_the_share_of_a_lane():
-    order = StreamOrder(StreamLayout(10**9, 64, 32), 8, 0, 4)  # 128 slices for 8 lanes
+    order = StreamOrder(StreamLayout(10**9, 64, 5), 8, 0, 26)  # 130 slices for 8 lanes
     sizes = []
     cursor = Cursor()
-    for _ in range(8):
+    for _ in range(6):
         sizes.append(len(order.window(3, cursor)))
         cursor = order.next_window(3, cursor)
-    assert sizes == [1, 2, 4, 8, 16, 16, 16, 16]
+    assert sizes == [1, 2, 4, 8, 16, 9]  # the rest of the 40 slices of an epoch
+
+
+def test_windows_within_blocks_do_not_cross_their_ends():
+    order = StreamOrder(StreamLayout(10**9, 64, 128), 8, 0, 16)  # 256 slices for each of 8 lanes
+    sizes = []
+    cursor = Cursor()
+    for _ in range(13):
+        sizes.append(len(order.window(3, cursor)))
+        cursor = order.next_window(3, cursor)
+    assert sizes == [1, 2, 4, 8, 16, 32, 32, 32, 1, 32, 32, 32, 32]
 
 
 def test_a_share_below_a_slice_is_one_slice():
