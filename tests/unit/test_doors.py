@@ -45,6 +45,7 @@ OPEN_CALLS = {
     "pretrained/weight_files.py": "its path comes from the door for model folders",
     "runs/render_report.py": "a template of the package",
     "runtime/bootstrap/build_model.py": "a folder that this process wrote",
+    "runtime/bootstrap/stored_shards.py": "a file that this process wrote or copied",
     "runtime/bootstrap/watchdog.py": "a file that this process wrote",
     "runtime/elastic/supervisor.py": "a file of the kernel",
     "selftest/materials.py": "a folder that this process wrote",

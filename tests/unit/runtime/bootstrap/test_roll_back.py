@@ -52,7 +52,7 @@ def test_rollbacks_to_the_same_checkpoint_are_limited(monkeypatch):
         run_config("runs", anomaly={"max_consecutive": 3, "action": "rollback"}),
         Progress(step=8, optimizer_step=8),
     )
-    manifest = MagicMock(progress=progress, evaluation={})
+    manifest = MagicMock(progress=progress, evaluation={}, cursors="")
     with pytest.raises(
         AnomalyError, match=r"rolled back to step 8 more than 3 times \(anomaly.max_consecutive\)"
     ):
