@@ -32,9 +32,9 @@ with _connected(1) as ray:
 def test_folder_of_a_driver_under_uv_is_not_sent(tmp_path: Path, before: str) -> None:
     (tmp_path / ".env").write_text(PLANTED)
     (tmp_path / "pyproject.toml").write_text("")
-    (tmp_path / "code.py").write_text(CODE.format(before=before))
+    (tmp_path / "driver_script.py").write_text(CODE.format(before=before))
     # Ray looks for a process above it whose command line starts with "uv run".
-    (tmp_path / "run").write_text(f"{sys.executable} code.py; echo code $?\n")
+    (tmp_path / "run").write_text(f"{sys.executable} driver_script.py; echo code $?\n")
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PYTHONPATH": str(ROOT),
