@@ -77,8 +77,9 @@ class Cluster:
 
     def run(self, *arguments: str, cwd: Path, **env: str) -> tuple[int, str]:
         """Return exit code and output."""
+        # -P: as for the installed command, modules are not looked for in the current folder
         done = subprocess.run(
-            [sys.executable, "-m", "dist_ft.cli", *arguments],
+            [sys.executable, "-P", "-m", "dist_ft.cli", *arguments],
             cwd=cwd,
             env={**self.env, **env},
             stdout=subprocess.PIPE,
