@@ -103,7 +103,13 @@ def read_unbroken(config: RunConfig, store: Store, epochs: int) -> list[np.ndarr
     return expected
 
 
-@pytest.mark.parametrize("weights", [(), (1.0, 1.0, 0.1)], ids=["by-size", "weighted"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param((), id="by-size"),
+        pytest.param((1.0, 1.0, 0.1), id="weighted", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("samples", "epochs"),
     [(50_000, 1), pytest.param(1_000_000, 2, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])],
