@@ -23,6 +23,8 @@ from dist_ft.data.blocks.slice_store import SliceStore
 from dist_ft.data.sampling.stream_order import Cursor
 from dist_ft.data.sampling.stream_plan import StreamPlan
 
+Streams = dict[tuple[int, int], LaneStream]
+"""The sequences of each (lane, source)."""
 MakeStream = Callable[[int, int, Cursor], LaneStream]
 """(source, lane, cursor) -> the sequences of the lane in the source."""
 
@@ -76,7 +78,7 @@ class StreamLoader:
         self._builder = builder or BatchBuilder()
         self.indexed = indexed
 
-        self._streams: dict[tuple[int, int], LaneStream] = {}  # by (lane, source)
+        self._streams: Streams = {}
         self._start = 0
         self._start_cursors: dict[tuple[int, int], Cursor] = {}
         self._cursors = np.zeros((0, len(CURSOR_COLUMNS)), dtype=np.int64)
@@ -92,6 +94,8 @@ class StreamLoader:
                 a lane that never drew may be missing.
         """
         self._start = step
+        self._bad_rows = BadRows()
+        self.store.record_facts_again()
         self._start_cursors = {}
         for lane, source, *values in cursors.tolist():
             self._start_cursors[lane, source] = Cursor(*values)
@@ -106,9 +110,9 @@ class StreamLoader:
         if start != self._start:
             raise ValueError(f"start={start}: the cursors are those of step {self._start}")
 
-        self._open(lanes)
+        streams = self._open(lanes)
         steps = build_ahead(
-            lambda step: self._build(step, lanes),
+            lambda step: self._build(step, lanes, streams),
             range(start, stop),
             self.plan.data.prefetch_steps,
         )
@@ -119,7 +123,7 @@ class StreamLoader:
         """Return one batch for each of `lanes` at `step`; steps must be read in order."""
         if not self._streams:
             self._open(lanes)
-        return self._advance(self._build(step, lanes))
+        return self._advance(self._build(step, lanes, self._streams))
 
     def cursors(self) -> np.ndarray:
         """Return where the lanes are after the last step, int64 (n, 6); see `CURSOR_COLUMNS`."""
@@ -150,38 +154,42 @@ class StreamLoader:
         if self.indexed is not None:
             self.indexed.close()
 
-    def _open(self, lanes: Sequence[int]) -> None:
+    def _open(self, lanes: Sequence[int]) -> Streams:
         """Create the streams of the lanes, and let what each needs first be tokenized."""
-        self._streams = {}
+        # A new dictionary: after a rollback, a step that was being built may still draw from the
+        # streams before.
+        streams: Streams = {}
         self._is_started = False
         for lane in lanes:
             for source in range(self._num_sources):
                 cursor = self._start_cursors.get((lane, source), Cursor())
-                self._streams[lane, source] = self._make_stream(source, lane, cursor)
+                streams[lane, source] = self._make_stream(source, lane, cursor)
 
         # all lanes before any of them waits
-        for stream in self._streams.values():
+        for stream in streams.values():
             stream.request()
-        self._cursors = self._current_cursors()
+        self._streams = streams
+        self._cursors = _current_cursors(streams)
+        return streams
 
-    def _build(self, step: int, lanes: Sequence[int]) -> _BuiltStep:
-        """Return the batches of a step, which must follow the last one."""
+    def _build(self, step: int, lanes: Sequence[int], streams: Streams) -> _BuiltStep:
+        """Return the batches of a step, which must follow the last one of `streams`."""
         # Not before the first step: what it needs must not wait behind what comes later.
         if self._is_started:
-            for stream in self._streams.values():
+            for stream in streams.values():
                 stream.request_ahead()
         self._is_started = True
 
         batches = []
         for lane in lanes:
             draws = self.plan.draws(step, lane)
-            sequences = [self._streams[lane, draw.source].next() for draw in draws]
+            sequences = [streams[lane, draw.source].next() for draw in draws]
             batches.append(self._builder.build(sequences, lane))
 
         bad_rows = BadRows()
-        for stream in self._streams.values():
+        for stream in streams.values():
             bad_rows = bad_rows.plus(stream.take_bad_rows())
-        return _BuiltStep(batches, self._current_cursors(), bad_rows)
+        return _BuiltStep(batches, _current_cursors(streams), bad_rows)
 
     def _advance(self, built: _BuiltStep) -> list[Batch]:
         """Return the batches of a step, with which the lanes are where it left them."""
@@ -189,6 +197,8 @@ class StreamLoader:
         self._bad_rows = self._bad_rows.plus(built.bad_rows)
         return built.batches
 
-    def _current_cursors(self) -> np.ndarray:
-        rows = [(lane, source, *own.cursor) for (lane, source), own in self._streams.items()]
-        return np.array(rows, dtype=np.int64).reshape(-1, len(CURSOR_COLUMNS))
+
+def _current_cursors(streams: Streams) -> np.ndarray:
+    """Return where the lanes are, int64 (n, 6); see `CURSOR_COLUMNS`."""
+    rows = [(lane, source, *own.cursor) for (lane, source), own in streams.items()]
+    return np.array(rows, dtype=np.int64).reshape(-1, len(CURSOR_COLUMNS))

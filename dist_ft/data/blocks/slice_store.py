@@ -85,6 +85,7 @@ class SliceStore:
 
         self._in_progress: dict[int, Future[None]] = {}
         self._checksums: dict[int, int] = {}
+        self._recorded: set[int] = set()
         self._new_facts: dict[int, SliceFacts] = {}
         self._lock = Lock()
 
@@ -140,9 +141,18 @@ class SliceStore:
     def add_facts(self, number: int, facts: SliceFacts) -> None:
         """Record what a slice holds, for `take_facts`, unless it is recorded already."""
         with self._lock:
-            if number not in self._checksums:
+            if number not in self._recorded:
+                self._recorded.add(number)
                 self._new_facts[number] = facts
             self._checksums[number] = facts.checksum
+
+    def record_facts_again(self) -> None:
+        """Record facts again when their slices are read again.
+
+        After a rollback: those that were taken since the checkpoint are in no committed ledger.
+        """
+        with self._lock:
+            self._recorded.clear()
 
     def take_facts(self) -> np.ndarray:
         """Return the facts of slices that were read since the last call.
@@ -168,7 +178,8 @@ class SliceStore:
 
     def _tokenize(self, numbers: Sequence[int], others: set[Future[None]]) -> None:
         """Tokenize slices in one pass, and wait for those that other passes tokenize."""
-        blocks = [self.slices.block(number) for number in numbers]
+        # In the order of the source, which one pass needs: a window may hold blocks in any order.
+        blocks = [self.slices.block(number) for number in sorted(numbers)]
         blocks = [block for block in blocks if block.ranges]
         missing = [block for block in blocks if not self.writer.path(block).exists()]
         if missing:

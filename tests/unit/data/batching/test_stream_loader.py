@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from threading import Event
+from threading import enumerate as enumerate_threads
 from typing import Any
 
 import numpy as np
@@ -207,6 +210,61 @@ def test_facts_say_what_each_slice_holds(tmp_path, tokenizer):
     assert facts[:, 3].sum() == len(rows)
     assert len(loader.take_facts()) == 0
     loader.close()
+
+
+def test_facts_come_again_after_a_rollback(tmp_path, tokenizer):
+    streamed = Streamed(tmp_path, tokenizer, [text_rows(300, 5)])
+    loader = streamed.loader()
+
+    def facts_of(start: int, stop: int, cursors: Any) -> set[int]:
+        loader.restore(start, cursors)
+        found: set[int] = set()
+        for _ in loader.iterate(start, stop, range(4)):
+            found.update(loader.take_facts()[:, 0].tolist())
+        return found
+
+    committed = facts_of(0, 3, np.zeros((0, 6), dtype=np.int64))
+    cursors = loader.cursors()
+    dropped = facts_of(3, 20, cursors)
+    assert dropped - committed
+    assert committed | facts_of(3, 40, cursors) == set(range(24))
+    loader.close()
+
+
+def test_a_step_that_a_rollback_left_behind_moves_no_lane(tmp_path, tokenizer, monkeypatch):
+    streamed = Streamed(tmp_path, tokenizer, [text_rows(300, 6)], layout=(24, 1))
+    expected = run(streamed, [1], [12])
+    shutil.rmtree(streamed.cache)
+    load = SliceStream._load
+    is_stuck, may_continue = Event(), Event()
+
+    def slow_load(stream: Any, cursor: Any) -> Any:
+        # the second window of lane 1 takes until the rollback is over
+        if cursor.first and stream._lane == 1 and not is_stuck.is_set():
+            is_stuck.set()
+            assert may_continue.wait(30)
+        return load(stream, cursor)
+
+    monkeypatch.setattr(SliceStream, "_load", slow_load)
+    loader = streamed.loader()
+    steps = loader.iterate(0, 12, range(4))
+    next(steps)
+    cursors = loader.cursors()
+    assert is_stuck.wait(30)
+    left_behind = [thread for thread in enumerate_threads() if "loader" in thread.name]
+    steps.close()
+
+    loader.restore(1, cursors)
+    steps = loader.iterate(1, 12, range(4))
+    batches = [next(steps)]
+    may_continue.set()
+    for thread in left_behind:
+        thread.join(30)
+    batches += steps
+    loader.close()
+    for step, own in enumerate(batches, start=1):
+        for batch in own:
+            assert np.array_equal(batch.segments, expected[step, batch.lane].segments)
 
 
 def test_altered_data_is_refused_when_it_comes_again(tmp_path, tokenizer):
