@@ -89,7 +89,7 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
     if use_gpu:
         devices.require_device(world.rank_of_node)
     if config.max_workers == 0 and world.num_ranks == 1:
-        _warn_of_idle_gpus(config)
+        _warn_of_idle_gpus(config, world)
         yield
         return
 
@@ -123,9 +123,9 @@ def _process_group(config: RunConfig, world: World) -> Iterator[None]:
             yield
 
 
-def _warn_of_idle_gpus(config: RunConfig) -> None:
+def _warn_of_idle_gpus(config: RunConfig, world: World) -> None:
     # The driver of Ray workers looks at all nodes.
-    idle = devices.idle_here(config)
+    idle = devices.idle_here(config, world.ranks_per_node)
     if idle:
         log.warning("%s", idle)
 

@@ -61,14 +61,22 @@ def require_device(index: int) -> None:
     )
 
 
-def idle_here(config: RunConfig) -> str:
-    """Return a line about GPUs of this machine that a run in one process leaves idle; "": none."""
-    if config.cluster.gpus_per_worker:
-        return ""
+def idle_here(config: RunConfig, num_ranks: int = 1) -> str:
+    """Return a line about GPUs of this machine that a run leaves idle; "": none.
 
+    `num_ranks`: processes of the run on this machine.
+    """
     import torch
 
     count = torch.cuda.device_count()
+    if config.cluster.gpus_per_worker:
+        if count <= num_ranks:
+            return ""
+        return (
+            f"this machine has {count} GPUs, and the run uses {num_ranks}. Set "
+            f"cluster.workers={count} to use all, if the lanes allow it"
+        )
+
     if not count:
         return ""
     plural = "" if count == 1 else "s"

@@ -57,7 +57,11 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, count, index, visibl
 def test_idle_gpus_of_this_machine_are_named(monkeypatch):
     assert devices.idle_here(config()) == ""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices.idle_here(config(0, 1)) == ""
+    assert devices.idle_here(config(0, 1)) == (
+        "this machine has 2 GPUs, and the run uses 1. Set cluster.workers=2 to use all, if the lanes "
+        "allow it"
+    )
+    assert devices.idle_here(config(2, 1), 2) == ""
     assert devices.idle_here(config()) == (
         "this machine has 2 GPUs, and the run trains on its CPU. Set cluster.gpus_per_worker=1 to "
         "train on them"
